@@ -1,0 +1,29 @@
+"""Llama-3.1-8B on a pod or on one node of GPUs, by LoRA (default) or fully.
+
+TPU v5e:16x16, started on every host of the slice:
+
+    tuning train --config=configs/llama8b.py:lora --config.mesh.fsdp=256 --config.data.train.path=DATA.jsonl --distributed --workdir=gs-mount/runs/8b
+
+8 x H100, one process:
+
+    tuning train --config=configs/llama8b.py:full --config.mesh.fsdp=8 --config.data.train.path=DATA.jsonl --workdir=runs/8b
+
+Weights are read slice by slice into their shards, so no host holds the model. Not yet run on that hardware by us: no number is promised.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg: str = "lora") -> ConfigDict:
+    if arg not in ("full", "lora"):
+        raise ValueError(f"configs/llama8b.py:{arg}: the argument is one of full, lora.")
+    config = ConfigDict()
+    config.model = dict(name="pretrained", path="meta-llama/Llama-3.1-8B", dtype="bfloat16", remat="full")
+    config.method = dict(name="lora", rank=16, alpha=32.0) if arg == "lora" else dict(name="full")
+    rate = 2e-4 if arg == "lora" else 1e-5
+    config.optimizer = dict(name="adamw", learning_rate=rate, schedule=dict(name="cosine", warmup_steps=50))
+    config.data = dict(train=dict(length=4096, pack=True))
+    config.mesh = dict(data=1, fsdp=-1)
+    config.train = dict(steps=1000, batch_size=256)
+    config.eval = dict(every=200)
+    return config

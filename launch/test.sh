@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# All checks, on CPU and without network: style, types, tests. With arguments, only pytest, with those arguments:
+#
+#   bash launch/test.sh
+#   bash launch/test.sh tests/nn -k rotary
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh test
+
+if [ $# -eq 0 ]; then
+    ruff check
+    ruff format --check
+    pyright
+fi
+python -m pytest "$@"

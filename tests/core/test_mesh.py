@@ -1,0 +1,52 @@
+"""Meshes and where arrays live on them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tuning.core import mesh
+
+
+def test_one_axis_may_take_the_devices_that_are_left():
+    assert dict(mesh.mesh(data=-1, tensor=2).shape)["data"] == 4
+    assert mesh.row_count(mesh.mesh(data=2, fsdp=2, tensor=2)) == 4
+
+
+def test_a_mesh_that_does_not_fit_says_what_there_is():
+    with pytest.raises(ValueError, match=r"Mesh \{'data': 16\} needs 16 devices; there are 8.*config\.mesh\.data=-1"):
+        mesh.mesh(data=16)
+    with pytest.raises(ValueError, match="multiple of 3"):
+        mesh.mesh(fsdp=3)
+    with pytest.raises(ValueError, match="at most one"):
+        mesh.mesh(data=-1, fsdp=-1)
+    with pytest.raises(ValueError, match="not supported yet"):
+        mesh.mesh(expert=2)
+
+
+def test_an_axis_that_does_not_divide_stays_whole():
+    where = mesh.mesh(data=1, fsdp=4, tensor=2)
+    assert mesh.spec((64, 32), ("vocab", "embed"), where) == P("tensor", "fsdp")
+    assert mesh.spec((331, 32), ("vocab", "embed"), where) == P(None, "fsdp")
+    assert mesh.spec((8, 5), ("batch", None), mesh.mesh(data=2, fsdp=4)) == P(("data", "fsdp"), None)
+
+
+def test_a_logical_axis_without_a_rule_is_an_error():
+    with pytest.raises(KeyError):
+        mesh.spec((4,), ("embbed",), mesh.mesh())
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}])
+def test_sums_by_rows_are_the_sums_over_all_rows(sizes):
+    x = jnp.arange(24.0).reshape(8, 3)
+    w = jnp.arange(3.0)
+
+    def weighted(w, x):
+        y = x * w[None]
+        return y.sum(0), y
+
+    with jax.set_mesh(mesh.mesh(**sizes)):
+        total, rows = jax.jit(lambda w, x: mesh.by_rows(lambda w, x: (weighted(w, x)[0], weighted(w, x)[1]))(w, x))(w, x)
+    np.testing.assert_array_equal(total, weighted(w, x)[0])
+    np.testing.assert_array_equal(rows, weighted(w, x)[1])

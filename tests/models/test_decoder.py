@@ -1,0 +1,110 @@
+"""The decoder: packing, padding, cuts and caches change nothing about what a token sees."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from tuning.core import tree
+from tuning.core.types import Batch
+from tuning.models.decoder import DecoderConfig
+
+WINDOWED = dataclasses.replace(tiny.CONFIG, window=5, tied=True, qk_norm=True, attention_bias=True)
+
+
+def logits(net, params, batch):
+    return np.asarray(tiny.logits(net, params, batch))
+
+
+def one(tokens, length):
+    row = np.zeros((1, length), np.int32)
+    row[0, : len(tokens)] = tokens
+    real = (np.arange(length) < len(tokens)).astype(np.int32)[None]
+    return Batch(row, row, real.astype(np.float32), real, (np.arange(length) * real).astype(np.int32))
+
+
+@pytest.mark.parametrize("config", [tiny.CONFIG, WINDOWED], ids=["plain", "windowed"])
+def test_a_packed_example_sees_what_it_sees_alone(config):
+    net = tiny.build(config)
+    params, batch = tiny.init(net), tiny.batch(rows=4)
+    packed = logits(net, params, batch)
+    for row in range(4):
+        for segment in (1, 2):
+            where = np.flatnonzero(batch.segments[row] == segment)
+            alone = logits(net, params, one(batch.tokens[row, where], batch.tokens.shape[1]))[0, : len(where)]
+            np.testing.assert_allclose(packed[row, where], alone, atol=2e-6)
+
+
+def test_a_cut_stack_computes_the_same():
+    whole, cut = tiny.build(), tiny.build(cuts=(1, 3))
+    params, batch = tiny.init(whole), tiny.batch()
+    leaves = {}
+    for name, leaf in tree.flatten(params).items():
+        if name.startswith("blocks/0-3/"):
+            rest = name.removeprefix("blocks/0-3/")
+            leaves |= {f"blocks/0-0/{rest}": leaf[:1], f"blocks/1-2/{rest}": leaf[1:3], f"blocks/3-3/{rest}": leaf[3:]}
+        else:
+            leaves[name] = leaf
+    np.testing.assert_allclose(logits(cut, tree.unflatten(leaves), batch), logits(whole, params, batch), atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_changes_no_gradient(remat):
+    plain, other = tiny.build(), tiny.build(dataclasses.replace(tiny.CONFIG, remat=remat))
+    params, batch = tiny.init(plain), tiny.batch()
+    loss = lambda net: lambda p: jnp.square(net.apply(p, batch)[0]).mean()  # noqa: E731
+    one, two = (jax.jit(jax.grad(loss(net)))(params) for net in (plain, other))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * max(1.0, float(jnp.abs(a).max()))), one, two)
+
+
+@pytest.mark.parametrize("config", [tiny.CONFIG, WINDOWED], ids=["plain", "windowed"])
+def test_cached_decoding_equals_the_full_forward(config):
+    net = tiny.build(config, cuts=(2,))
+    params = tiny.init(net)
+    batch = one(np.arange(12) % 67, 12)
+    full = logits(net, params, batch)
+    cache = config.empty_cache(1, 12, (2,))
+    got, extend = [], jax.jit(net.extend)
+    for start, stop in ((0, 5), *((i, i + 1) for i in range(5, 12))):
+        part = slice(start, stop)
+        hidden, head, cache = extend(params, batch.tokens[:, part], batch.positions[:, part], batch.segments[:, part], cache)
+        got.append(head(hidden))
+    np.testing.assert_allclose(np.concatenate(got, 1), full, atol=2e-6)
+
+
+def test_added_tokens_take_their_places_in_the_vocabulary():
+    for first, tied in ((67, True), (60, False)):  # beyond the table, and on unused rows of it
+        plain_config = dataclasses.replace(tiny.CONFIG, vocab_size=max(67, first + 3), tied=tied)
+        config = dataclasses.replace(tiny.CONFIG, added=(first, 3), tied=tied)
+        net, plain = tiny.build(config), tiny.build(plain_config)
+        params = {**tiny.init(net)}
+        rows = jax.random.normal(jax.random.key(1), (3, 32))
+        params["embed"] = {**params["embed"], "added": rows}
+        table = np.zeros((plain_config.vocab_size, 32), np.float32)
+        table[:67] = params["embed"]["table"]
+        table[first : first + 3] = rows
+        expected = {**params, "embed": {"table": jnp.asarray(table)}}
+        if not tied:
+            params["head"] = {**params["head"], "added": rows * 2}
+            expected["head"] = {"kernel": params["head"]["kernel"].at[:, first : first + 3].set((rows * 2).T)}
+        batch = tiny.batch(vocab=first + 3)
+        assert config.vocabulary == plain_config.vocab_size
+        np.testing.assert_allclose(logits(net, params, batch), logits(plain, expected, batch), atol=2e-6)
+
+
+def test_foreign_parameters_are_refused_by_name():
+    net = tiny.build()
+    params = {**tiny.init(net)}
+    params["embed"] = {"tabel": params["embed"]["table"]}
+    with pytest.raises(ValueError, match=r"missing: embed/table; unexpected: embed/tabel"):
+        net.apply(params, tiny.batch())
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"heads=4 must be a multiple of kv_heads=3"):
+        dataclasses.replace(tiny.CONFIG, kv_heads=3)
+    with pytest.raises(ValueError, match="layers=0"):
+        DecoderConfig(vocab_size=8, width=8, layers=0, heads=1, kv_heads=1, head_dim=8, hidden=8, max_length=8)

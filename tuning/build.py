@@ -1,0 +1,276 @@
+"""From a config to the parts of a run; the only file that sees every part."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tuning.core import config as configs
+from tuning.core import mesh as meshes
+from tuning.core import tree
+from tuning.core.config import Config, Section
+from tuning.core.types import Loss, Tree
+from tuning.data.dataset import Rows, dataset
+from tuning.data.formats import FORMATS
+from tuning.hub import adapters, checkpoint, families, files, tokenizer
+from tuning.methods import METHODS
+from tuning.methods.method import Method
+from tuning.models import decoder as decoders
+from tuning.models import network as networks
+from tuning.models.decoder import DecoderConfig
+from tuning.models.network import Network
+from tuning.nn.sites import Outline
+from tuning.nn.stack import layer_range
+from tuning.objectives import OBJECTIVES
+from tuning.training import loop, state
+from tuning.training.optimizer import OPTIMIZERS, SCHEDULES
+
+ADDED = ("embed/added", "head/added")  # rows of added tokens: they learn under every method
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    config     its architecture, and how it computes
+    directory  the published checkpoint, or None for a fresh model
+    published  that checkpoint's config.json, or None
+    adapter    a PEFT directory to start the method from, or None
+    path       what the user wrote, for records
+    """
+
+    config: DecoderConfig
+    tokenizer: Any
+    directory: Path | None = None
+    published: dict[str, Any] | None = None
+    adapter: Path | None = None
+    path: str = ""
+
+
+def pretrained(
+    *,
+    path: str,
+    revision: str | None = None,
+    adapter: str | None = None,
+    added_tokens: tuple[str, ...] = (),
+    dtype: str = "float32",
+    precision: str = "highest",
+    remat: str = "none",
+) -> Source:
+    """A published model: a local folder, or a hub id.
+
+    adapter       a PEFT directory whose values the method starts from (its rank, alpha and targets must be those of the method)
+    added_tokens  new tokens; their embedding rows start at the mean of the others and learn under every method
+    dtype         of the computation and of frozen weights; tuned leaves and optimiser state are float32
+    precision     of float32 matmuls on GPU and TPU: "highest" is exact, "default" is faster
+    remat         what the backward pass keeps: "none" (everything), "dots" (matmul results), "full" (each layer's input)
+    """
+    directory = files.resolve(path, revision)
+    published = files.read_json(directory / "config.json")
+    words = tokenizer.load(directory)
+    config = families.config_from(published)
+    if added_tokens:
+        if words is None:
+            raise ValueError(f"model.added_tokens={added_tokens}, but {directory} has no tokenizer to add them to.")
+        first = len(words)
+        count = words.add_tokens(list(added_tokens), special_tokens=True)
+        if count != len(added_tokens):
+            raise ValueError(f"model.added_tokens={added_tokens}: {len(added_tokens) - count} of them are tokens already.")
+        config = dataclasses.replace(config, added=(first, count))
+    config = dataclasses.replace(config, dtype=dtype, precision=precision, remat=remat)
+    return Source(config, words, directory, published, files.resolve(adapter) if adapter else None, path)
+
+
+def decoder(
+    *,
+    tokenizer: str,
+    width: int = 256,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int = 4,
+    head_dim: int = 64,
+    hidden: int = 1024,
+    max_length: int = 2048,
+    rope_theta: float = 10_000.0,
+    window: int | None = None,
+    tied: bool = True,
+    qk_norm: bool = False,
+    dtype: str = "float32",
+    precision: str = "highest",
+    remat: str = "none",
+) -> Source:
+    """A fresh Llama-shaped model over the vocabulary of a tokenizer (a folder or hub id); see DecoderConfig for the keys."""
+    words = load_tokenizer(tokenizer)
+    config = DecoderConfig(
+        vocab_size=len(words), width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden,
+        max_length=max_length, rope_theta=rope_theta, window=window, tied=tied, qk_norm=qk_norm,
+        dtype=dtype, precision=precision, remat=remat,
+    )  # fmt: skip
+    return Source(config, words, path=tokenizer)
+
+
+def load_tokenizer(path: str) -> Any:
+    words = tokenizer.load(files.resolve(path))
+    if words is None:
+        raise ValueError(f"{path!r} has no tokenizer: a tokenizer.json or a SentencePiece tokenizer.model is needed.")
+    return words
+
+
+SECTIONS: dict[str, Section] = {
+    "model": Section({"pretrained": pretrained, "decoder": decoder}, "pretrained"),
+    "method": Section(METHODS, "lora"),
+    "objective": Section(OBJECTIVES, "next_token"),
+    "data.train": Section({"": dataset}),
+    "data.train.format": Section(FORMATS, "auto"),
+    "data.eval": Section({"": dataset}, inherits="data.train", own=("path", "split")),
+    "data.eval.format": Section(FORMATS, "auto", inherits="data.train.format"),
+    "optimizer": Section(OPTIMIZERS, "adamw"),
+    "optimizer.schedule": Section(SCHEDULES, "constant"),
+    "mesh": Section({"": meshes.mesh}),
+    "train": Section({"": loop.Train}),
+    "eval": Section({"": loop.Eval}),
+    "checkpoint": Section({"": loop.Checkpoint}),
+}
+SCALARS = {"seed": 0}
+
+
+def resolve(config: Mapping[str, Any]) -> Config:
+    """A user's config (a nested dict or a ConfigDict) with every default filled in. ValueError for keys that do not exist."""
+    to_dict = getattr(config, "to_dict", None)
+    return configs.resolve(SECTIONS, to_dict() if to_dict else config, SCALARS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network with its method, on its mesh; no parameter is loaded yet. `layout` gives shape, dtype and sharding of each leaf."""
+
+    source: Source
+    method: Method
+    network: Network
+    mesh: Mesh
+    layout: Tree
+
+    def tuned(self, name: str) -> bool:
+        return name in ADDED or self.method.tuned(name)
+
+    def empty_cache(self, batch: int, slots: int):
+        return self.source.config.empty_cache(batch, slots, self.method.cuts)
+
+
+def outline(source: Source) -> Outline:
+    """What a method may choose from in this model."""
+    return networks.outline(functools.partial(decoders.construct, source.config), source.config.layers)
+
+
+def model(source: Source, method: Method, where: Mesh) -> Model:
+    """ValueError if nothing would learn."""
+    network = networks.build(decoders.construct(source.config, method.sites, method.cuts))
+    learns = lambda name: name in ADDED or method.tuned(name)  # noqa: E731
+    if not any(map(learns, tree.flatten(network.abstract))):
+        raise ValueError("No leaf of the model would learn under this method.")
+    layout = state.layout(network.abstract, network.axes, learns, source.config.dtype, where)
+    return Model(source, method, network, where, layout)
+
+
+def base_params(m: Model, wanted: Callable[[str], bool], seed: int) -> Tree:
+    """The wanted leaves as they are before any tuning: read from the checkpoint or, where there is none, initialised."""
+    leaves = tree.flatten(m.layout)
+    inside = {n: x for n, x in leaves.items() if wanted(n) and not ("/adapter/" in n or n in ADDED)}
+    fresh = {n: x for n, x in leaves.items() if wanted(n) and n not in inside}
+    if m.source.directory is None:
+        return state.fresh(m.network.init, tree.unflatten({**inside, **fresh}), seed)
+    born = state.fresh(m.network.init, tree.unflatten({n: x for n, x in fresh.items() if n not in ADDED}), seed)
+    params = checkpoint.load(m.source.directory, tree.unflatten(inside), m.source.config, m.source.published)
+    added = {n: _mean_rows(m, params, n) for n in fresh if n in ADDED}
+    return tree.merge(params, born, tree.unflatten(added))
+
+
+def start_params(m: Model, seed: int) -> Tree:
+    """All leaves as training starts from them: base, method's start, and the adapter given in model.adapter."""
+    params = m.method.start(base_params(m, lambda name: True, seed))
+    if m.source.adapter is not None:
+        params = with_adapter(m, params, m.source.adapter)
+    return params
+
+
+def with_adapter(m: Model, params: Tree, directory: Path) -> Tree:
+    """The parameters with the values of a PEFT directory in the adapter's leaves."""
+    wanted = {n: x for n, x in tree.flatten(m.layout).items() if "/adapter/" in n or n in ADDED}
+    values = adapters.read(directory, tree.unflatten(wanted), m.source.published or {})
+    placed = tree.map_named(lambda name, x, like: jax.device_put(jnp.asarray(x, like.dtype), like.sharding), values, tree.unflatten(wanted))
+    return tree.unflatten({**tree.flatten(params), **tree.flatten(placed)})
+
+
+def _mean_rows(m: Model, params: Tree, name: str) -> jax.Array:
+    """New tokens start at the mean of the rows before them (as a sensible direction and length for a token without a meaning yet)."""
+    like, first = tree.flatten(m.layout)[name], m.source.config.added[0]
+
+    def rows(leaf):
+        known_VD = (leaf if name == "embed/added" else leaf.T)[:first].astype(jnp.float32)
+        return jnp.broadcast_to(known_VD.mean(0), like.shape)
+
+    leaf = params["embed"]["table"] if name == "embed/added" else params["head"]["kernel"]
+    return jax.jit(rows, out_shardings=like.sharding)(leaf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of, checked; nothing is compiled and no weight is read yet."""
+
+    config: Config
+    model: Model
+    loss: Loss
+    optimizer: Any
+    train: Rows
+    eval: Rows | None
+    settings: loop.Train
+    evaluation: loop.Eval
+    checkpoint: loop.Checkpoint
+
+
+def parts(config: Mapping[str, Any]) -> Parts:
+    """The parts of a run. Every mistake in the config is a ValueError here, before any compilation."""
+    c = resolve(config)
+    bind = functools.partial(configs.bind, SECTIONS, c)
+    settings, evaluation, keep = bind("train")(), bind("eval")(), bind("checkpoint")()
+    optimizer = bind("optimizer")(bind("optimizer.schedule")(settings.steps))
+    where = bind("mesh")()
+    loss = bind("objective")()
+    source = bind("model")()
+    chosen = bind("method")(outline(source))
+    built = model(source, chosen, where)
+    if source.adapter is not None:
+        _check_adapter(source.adapter, c["method"], source.published or {})
+    if source.tokenizer is None:
+        raise ValueError(f"{source.path!r} has no tokenizer files, and training reads text. Add tokenizer.json or tokenizer.model there.")
+    rows = meshes.row_count(where)
+    pieces = {"train.batch_size / train.accumulate": settings.batch_size // settings.accumulate, "eval.batch_size": evaluation.batch_size}
+    for name, size in pieces.items():
+        if size % rows:
+            raise ValueError(f"{name}={size} must be a multiple of {rows}, the pieces that the mesh splits a batch into.")
+    train = bind("data.train")(source.tokenizer, bind("data.train.format")())
+    held_out = bind("data.eval")(source.tokenizer, bind("data.eval.format")()) if given(c["data"]["eval"]["path"]) else None
+    for name, data in (("data.train", train), ("data.eval", held_out)):
+        if data is not None and data.length > source.config.max_length:
+            raise ValueError(f"{name}.length={data.length} is more than the {source.config.max_length} positions that the model was made for.")
+    return Parts(c, built, loss, optimizer, train, held_out, settings, evaluation, keep)
+
+
+def given(value: Any) -> bool:
+    """Whether a required key was set."""
+    return value is not None and not isinstance(value, configs.Required)
+
+
+def _check_adapter(directory: Path, method: Config, published: Mapping[str, Any]) -> None:
+    has = adapters.settings(directory, published)
+    for key, value in has.items():
+        if method["name"] != "lora" or (method[key] != value and not (key in ("dropout", "targets"))):
+            want = " ".join(f"--config.method.{k}={v}" for k, v in {"name": "lora", **has}.items() if k in ("name", "rank", "alpha"))
+            raise ValueError(f"The adapter in {directory} is LoRA with {key}={value}; the method differs. Set {want}.")

@@ -1,0 +1,97 @@
+"""--config=FILE.py[:arg] and --config.a.b=value, in the syntax of ml_collections' config flags."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
+
+from tuning import build
+from tuning.core import config as configs
+from tuning.core import parts
+from tuning.core.config import Config
+
+
+def split(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
+    """(value of --config, {dotted key: text of its override}, all other arguments)."""
+    path, overrides, rest = None, {}, []
+    words = iter(argv)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag != "--config" and not flag.startswith("--config."):
+            rest.append(word)
+            continue
+        if not equals:
+            value = next(words, "")
+        if flag == "--config":
+            path = value
+        else:
+            overrides[flag.removeprefix("--config.")] = value
+    return path, overrides, rest
+
+
+def read(path: str) -> Config:
+    """get_config(arg) of a config file, `FILE.py` or `FILE.py:arg`."""
+    name, colon, arg = path.partition(":")
+    file = Path(name)
+    if not file.is_file():
+        there = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        raise ValueError(f"--config={path}: no such file.{f' {file.parent} has {", ".join(there)}.' if there else ''}")
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{file} has no function get_config() that returns a ConfigDict.")
+    config = module.get_config(arg) if colon else module.get_config()
+    return config.to_dict()
+
+
+def merge(config: Mapping[str, Any], overrides: Mapping[str, str]) -> Config:
+    """The config with the overrides, each parsed as the type of the key it changes.
+
+    A section whose `name` is overridden starts from the defaults of the part it then names.
+    """
+    sections = build.SECTIONS
+    names = {key: value for key, value in overrides.items() if key.endswith(".name")}
+    full = build.resolve(configs.override(sections, config, names))
+    kinds, values = configs.kinds(sections, full), configs.flat(full)
+    for key in overrides:
+        if key not in values:
+            raise ValueError(f"Unknown config key {key}.{hint(key, values)}")
+    typed = {}
+    for key, value in values.items():
+        unset = value is None or isinstance(value, parts.Required)
+        configs.put(typed, key, config_dict.placeholder(kinds.get(key, str)) if unset else value)
+    holder = flags.FlagValues()
+    argv = ["tuning"] + [f"--config.{key}={value}" for key, value in overrides.items()]
+    defined = config_flags.DEFINE_config_dict("config", ConfigDict(typed), flag_values=holder, lock_config=False)
+    try:
+        _parse(holder, argv)
+    except (flags.Error, TypeError) as error:
+        raise ValueError(f"--config: {error}") from None
+    parsed = defined.value.to_dict()
+    return configs.override(sections, config, {key: configs.dig(parsed, key) for key in overrides})
+
+
+def _parse(holder: flags.FlagValues, argv: list[str]) -> None:
+    # ml_collections looks for overrides in sys.argv, so for a moment it has to be ours.
+    import sys
+
+    before, sys.argv = sys.argv, argv
+    try:
+        holder(argv)
+    finally:
+        sys.argv = before
+
+
+def hint(key: str, known: Mapping[str, Any]) -> str:
+    """A suggestion for a key that does not exist, and what its section has."""
+    section, _, last = key.rpartition(".")
+    siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
+    there = f" {section} has: {', '.join(siblings)}." if siblings else ""
+    return (parts.suggestion(last, siblings) or parts.suggestion(key, known)) + there

@@ -1,0 +1,132 @@
+"""The device mesh, and the rules that say where arrays live on it.
+
+A parameter declares the *logical* name of each of its axes; RULES give each logical axis the mesh axes it is split over. An axis that
+its mesh axes do not divide stays whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tuning.core import tree
+from tuning.core.types import Tree
+
+AXES = ("dcn", "data", "fsdp", "expert", "context", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("dcn", "data", "fsdp"),
+    "embed": ("fsdp",),  # the width of the residual stream, in parameters
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "layers": (),
+    "rank": (),
+    "norm": (),
+}
+
+
+def mesh(*, dcn: int = 1, data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
+    """All devices as a mesh with the axes AXES; one size may be -1, which takes the devices that are left.
+
+    data: copies of the model. fsdp: parameters and batch split alike (ZeRO-3). tensor: heads, feed-forward and vocabulary split.
+    """
+    sizes = dict(dcn=dcn, data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
+    for axis in ("dcn", "expert", "context"):
+        if sizes[axis] != 1:
+            raise ValueError(f"mesh.{axis}={sizes[axis]} is not supported yet: nothing is split over that axis. Set it to 1.")
+    return over(jax.devices(), **sizes)
+
+
+def over(devices: Sequence[jax.Device], **sizes: int) -> Mesh:
+    """A mesh of the given devices; axes that are not named have size 1. ValueError if the sizes do not fit the devices."""
+    shape = {axis: sizes.get(axis, 1) for axis in AXES}
+    free = [axis for axis, size in shape.items() if size == -1]
+    fixed = math.prod(size for size in shape.values() if size != -1)
+    wish = {axis: size for axis, size in shape.items() if size != 1}
+    if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
+        raise ValueError(f"Mesh {wish}: sizes are positive, and at most one of them is -1 (all devices that are left).")
+    if len(devices) % fixed or (not free and fixed != len(devices)):
+        raise ValueError(
+            f"Mesh {wish} needs {'a multiple of ' if free else ''}{fixed} devices; there are {len(devices)}. "
+            "Set config.mesh.data=-1 to take all that are left."
+        )
+    if free:
+        shape[free[0]] = len(devices) // fixed
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices))
+
+
+def spec(shape: Sequence[int], axes: Sequence[str | None], where: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
+    """How an array with these logical axes is split. KeyError for a logical axis without a rule."""
+    names = []
+    for size, axis in zip(shape, axes, strict=True):
+        split = tuple(a for a in (RULES[axis] if axis else ()) if where.shape[a] > 1)
+        divides = split and size % math.prod(where.shape[a] for a in split) == 0
+        names.append((split if len(split) > 1 else split[0]) if divides else None)
+    return PartitionSpec(*names)
+
+
+def shardings(abstract: Tree, axes: Tree, where: Mesh) -> Tree:
+    """A NamedSharding for every leaf, from its shape and its logical axes."""
+    return tree.map_named(lambda _, leaf, names: NamedSharding(where, spec(leaf.shape, names, where)), abstract, axes)
+
+
+def replicated(where: Mesh) -> NamedSharding:
+    return NamedSharding(where, PartitionSpec())
+
+
+def rows(where: Mesh) -> NamedSharding:
+    """The sharding of a batch: its first axis over every batch axis of the mesh."""
+    return NamedSharding(where, PartitionSpec(RULES["batch"]))
+
+
+def row_count(where: Mesh) -> int:
+    """Into how many pieces a batch is split; batch sizes must be a multiple of it."""
+    return math.prod(where.shape[axis] for axis in RULES["batch"])
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Keep an activation where its logical axes say, on the mesh of `jax.set_mesh`; without a mesh, x itself."""
+    here = jax.sharding.get_abstract_mesh()
+    if here.empty or here.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, here))
+
+
+def gather(x: jax.Array) -> np.ndarray:
+    """The whole of a global array on this process."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def by_rows(function: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
+    """Runs `function(weights, *batch)` -> (sums, rows) on each device's own rows of the batch; sums are added over devices once.
+
+    Inside, a loop can add up gradients of whole weights without a reduction over devices in every turn.
+    """
+    here = jax.sharding.get_abstract_mesh()
+    axes = () if here.empty else tuple(axis for axis in RULES["batch"] if here.shape[axis] > 1)
+
+    def run(weights, *batch):
+        if not axes or batch[0].shape[0] % math.prod(here.shape[axis] for axis in axes):
+            return function(weights, *batch)
+
+        def local(weights, *batch):
+            sums, rows = function(weights, *batch)
+            return jax.lax.psum(sums, axes), rows
+
+        split = PartitionSpec(axes)
+        specs = (PartitionSpec(), *([split] * len(batch)))
+        # Unchecked: gradients taken inside stay per device until the one sum above.
+        mapped = jax.shard_map(local, in_specs=specs, out_specs=(PartitionSpec(), split), axis_names=set(axes), check_vma=False)
+        return mapped(weights, *batch)
+
+    return run

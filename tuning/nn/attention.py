@@ -1,0 +1,91 @@
+"""Causal self-attention with grouped queries.
+
+Shapes: B sequences, T queries, S keys, D width, N query heads, K key-value heads, H head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tuning.core import keys, mesh
+from tuning.nn import rotary
+from tuning.nn.linear import Linear
+from tuning.nn.norm import RMSNorm
+from tuning.nn.sites import Site, Sites
+
+# store(k, v) of the new tokens -> (k, v) of all tokens that can be seen; writes into a cache on the way
+Store = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes and variations of an attention layer."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None  # a token sees itself and the window - 1 before it
+    bias: bool  # on q, k and v
+    out_bias: bool
+    qk_norm: bool  # RMSNorm over each head of q and k, before the rotation
+    eps: float
+
+
+class Context:
+    """What all layers of one forward pass share: who sees whom, and the rotation angles. Computed once, outside the scan."""
+
+    def __init__(self, positions_BT, segments_BT, freqs, seen_positions_BS, seen_segments_BS):
+        self.cos, self.sin = rotary.angles(positions_BT, freqs)
+        same = segments_BT[:, :, None] == seen_segments_BS[:, None, :]
+        self._distance = positions_BT[:, :, None] - seen_positions_BS[:, None, :]
+        self._visible = same & (self._distance >= 0) & (seen_segments_BS != 0)[:, None, :]
+        self._masks: dict[int | None, jax.Array] = {}
+
+    def prepare(self, window: int | None) -> None:
+        """Computes the mask of a window now, so that a scan closes over it rather than computing it in every layer."""
+        near = self._visible if window is None else self._visible & (self._distance < window)
+        self._masks[window] = near[:, None]
+
+    def mask(self, window: int | None) -> jax.Array:
+        """[B, 1, T, S], true where a query may look."""
+        return self._masks[window]
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_B1TS: jax.Array) -> jax.Array:
+    """softmax(q k / sqrt(H)) v over what the mask allows; the softmax is computed in float32. A row that sees nothing is finite."""
+    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS)
+
+
+class Attention(nnx.Module):
+    def __init__(self, shape: Shape, layers: tuple[int, int], sites: Sites, rngs: nnx.Rngs):
+        self.shape = shape
+        D, query, kv = shape.width, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        make = functools.partial(Linear, sites=sites, rngs=rngs)
+        self.q = make(Site("attn/q", (D, query), ("embed", "heads"), layers), bias=shape.bias)
+        self.k = make(Site("attn/k", (D, kv), ("embed", "kv_heads"), layers), bias=shape.bias)
+        self.v = make(Site("attn/v", (D, kv), ("embed", "kv_heads"), layers), bias=shape.bias)
+        self.o = make(Site("attn/o", (query, D), ("heads", "embed"), layers), bias=shape.out_bias)
+        self.q_norm = RMSNorm(shape.head_dim, shape.eps) if shape.qk_norm else None
+        self.k_norm = RMSNorm(shape.head_dim, shape.eps) if shape.qk_norm else None
+
+    def __call__(self, x_BTD: jax.Array, context: Context, key: jax.Array | None, store: Store | None) -> jax.Array:
+        B, T, _ = x_BTD.shape
+        split = lambda y, heads: y.reshape(B, T, heads, self.shape.head_dim)  # noqa: E731
+        q = split(self.q(x_BTD, keys.fold(key, "attn/q")), self.shape.heads)
+        k = split(self.k(x_BTD, keys.fold(key, "attn/k")), self.shape.kv_heads)
+        v = split(self.v(x_BTD, keys.fold(key, "attn/v")), self.shape.kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotary.rotate(q, context.cos, context.sin), rotary.rotate(k, context.cos, context.sin)
+        q, k, v = (mesh.constrain(y, "batch", None, axis, None) for y, axis in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
+        if store is not None:
+            k, v = store(k, v)
+        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), context.mask(self.shape.window))
+        return self.o(y.reshape(B, T, -1), keys.fold(key, "attn/o"))

@@ -1,0 +1,83 @@
+"""Projections, the token embedding and the output head.
+
+Shapes: B sequences, T tokens, D width, V vocabulary, N added tokens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tuning.nn.sites import Project, Site, Sites
+
+fan_in = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+small = nnx.initializers.normal(0.02)
+
+
+class Linear(nnx.Module):
+    """x W + b with W [in, out], or what the method answers in its place."""
+
+    def __init__(self, site: Site, sites: Sites, rngs: nnx.Rngs, *, bias: bool = False):
+        self.kernel = nnx.Param(fan_in(rngs.params(), site.shape), out_sharding=site.axes)
+        self.bias = nnx.Param(jnp.zeros(site.shape[1]), out_sharding=site.axes[1:]) if bias else None
+        self.adapter = sites.weight(site, rngs)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        project = Project(self.kernel[...], None if self.bias is None else self.bias[...])
+        return project(x) if self.adapter is None else self.adapter(x, project, key)
+
+
+class Embedding(nnx.Module):
+    """Token ids to vectors. The rows of `added` tokens, which always learn, are a leaf of their own: ids [first, first + N)."""
+
+    def __init__(self, vocab_size: int, width: int, rngs: nnx.Rngs, *, added: tuple[int, int]):
+        self.table = nnx.Param(small(rngs.params(), (vocab_size, width)), out_sharding=("vocab", "embed"))
+        self.first, count = added
+        self.added = nnx.Param(jnp.zeros((count, width)), out_sharding=(None, "embed")) if count else None
+
+    def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        table_VD = self.table[...]
+        x_BTD = jnp.take(table_VD, jnp.minimum(tokens_BT, table_VD.shape[0] - 1), axis=0).astype(dtype)
+        if self.added is None:
+            return x_BTD
+        added_ND = self.added[...].astype(dtype)
+        slot_BT = tokens_BT - self.first
+        ours_BT = (slot_BT >= 0) & (slot_BT < added_ND.shape[0])
+        return jnp.where(ours_BT[..., None], jnp.take(added_ND, slot_BT.clip(0, added_ND.shape[0] - 1), axis=0), x_BTD)
+
+
+class HeadWeights(nnx.Module):
+    """The output head of a model whose embedding is not tied: W [D, V], and the columns of added tokens as rows [N, D]."""
+
+    def __init__(self, width: int, vocab_size: int, rngs: nnx.Rngs, *, added: tuple[int, int]):
+        self.kernel = nnx.Param(fan_in(rngs.params(), (width, vocab_size)), out_sharding=("embed", "vocab"))
+        self.added = nnx.Param(jnp.zeros((added[1], width)), out_sharding=(None, "embed")) if added[1] else None
+
+
+def logits(first: int, scale: float, precision: str, kernel_DV: jax.Array, added_ND: jax.Array | None, x: jax.Array) -> jax.Array:
+    """hidden [..., D] -> logits [..., V] in float32; added tokens take the places from `first` on."""
+    with jax.default_matmul_precision(precision):
+        base = jnp.einsum("...d,dv->...v", x, kernel_DV.astype(x.dtype), preferred_element_type=jnp.float32)
+        if added_ND is not None:
+            extra = jnp.einsum("...d,nd->...n", x, added_ND.astype(x.dtype), preferred_element_type=jnp.float32)
+            base = jnp.concatenate([base[..., :first], extra, base[..., first + added_ND.shape[0] :]], axis=-1)
+    return base * scale if scale != 1.0 else base
+
+
+def make_head(embedding: Embedding, weights: HeadWeights | None, precision: str) -> jax.tree_util.Partial:
+    """The head as a value: a pytree whose leaves are its weights, so that a loss can differentiate with respect to them."""
+    kernel_DV = embedding.table[...].T if weights is None else weights.kernel[...]
+    added = (embedding if weights is None else weights).added
+    call = partial(logits, embedding.first, 1.0, precision)
+    return jax.tree_util.Partial(_call(call), kernel_DV, None if added is None else added[...])
+
+
+def _call(call: partial):
+    """One function object per set of static arguments, so that jit recognises a head it has seen."""
+    return _heads.setdefault(call.args, call)
+
+
+_heads: dict[tuple, partial] = {}

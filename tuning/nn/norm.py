@@ -1,0 +1,22 @@
+"""Normalisation of activations, computed in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tuning.nn.sites import along_last
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(size), out_sharding=("norm",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return along_last(self.scale[...], x) * y.astype(x.dtype)

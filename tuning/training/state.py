@@ -1,0 +1,58 @@
+"""The birth of a train state: every array is created in its shards, tuned leaves in float32, frozen ones in the dtype of the computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from tuning.core import keys, mesh, tree
+from tuning.core.types import TrainState, Tree
+from tuning.training import optimizer as optimizers
+
+
+def layout(abstract: Tree, axes: Tree, tuned: Callable[[str], bool], frozen_dtype: Any, where: Mesh) -> Tree:
+    """Shape, dtype and sharding of every leaf, as ShapeDtypeStructs: what a checkpoint is read into."""
+    shardings = mesh.shardings(abstract, axes, where)
+
+    def leaf(name, shape, sharding):
+        return jax.ShapeDtypeStruct(shape.shape, jnp.float32 if tuned(name) else jnp.dtype(frozen_dtype), sharding=sharding)
+
+    return tree.map_named(leaf, abstract, shardings)
+
+
+def fresh(init: Callable[[jax.Array], Tree], wanted: Tree, seed: int) -> Tree:
+    """The leaves of `wanted` out of `init(key)`; what is not wanted is never computed."""
+    names = tree.flatten(wanted)
+    if not names:
+        return {}
+
+    def create(key):
+        leaves = tree.flatten(init(key))
+        return tree.unflatten({name: leaves[name].astype(leaf.dtype) for name, leaf in names.items()})
+
+    key = keys.at(seed, 0, "init")
+    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))(key)
+
+
+def optimizer_layout(transform: optax.GradientTransformation, tuned: Tree, where: Mesh) -> Tree:
+    """The optax state as ShapeDtypeStructs, sharded as the leaves it belongs to."""
+    abstract = jax.eval_shape(transform.init, tuned)
+    places = optimizers.shardings(abstract, tuned, jax.tree.map(lambda x: x.sharding, tuned), mesh.replicated(where))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
+
+
+def start(params: Tree, tuned: Callable[[str], bool], transform: optax.GradientTransformation, where: Mesh) -> TrainState:
+    """The state before the first step."""
+    learns, rests = tree.split(params, tuned)
+    places = jax.tree.map(lambda x: x.sharding, optimizer_layout(transform, learns, where))
+    return TrainState(at(0, where), learns, rests, jax.jit(transform.init, out_shardings=places)(learns))
+
+
+def at(step: int, where: Mesh) -> jax.Array:
+    """A step counter on the mesh."""
+    return jax.make_array_from_callback((), mesh.replicated(where), lambda _: jnp.int32(step))
