@@ -14,6 +14,7 @@ setup(
         "absl-py>=2.1",
         "datasets>=5.0",
         "flax>=0.12",
+        "grain>=0.2.10",
         "huggingface_hub>=1.0",
         "jax>=0.10",
         "jinja2>=3.1",  # chat templates are written in it
@@ -22,6 +23,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11",
+        "protobuf>=4",  # the container of SentencePiece models
         "rich>=13",
         "safetensors>=0.5",
         "sentencepiece>=0.2",

@@ -2,11 +2,11 @@
 
 TPU v5e:16x16, started on every host of the slice:
 
-    tuning train --config=configs/llama8b.py:lora --config.mesh.fsdp=256 --config.data.train.path=DATA.jsonl --distributed --workdir=gs-mount/runs/8b
+    tuning train --config=configs/llama8b.py:lora --config.data.train.path=DATA.jsonl --workdir=SHARED/runs/8b --distributed
 
 8 x H100, one process:
 
-    tuning train --config=configs/llama8b.py:full --config.mesh.fsdp=8 --config.data.train.path=DATA.jsonl --workdir=runs/8b
+    tuning train --config=configs/llama8b.py:full --config.data.train.path=DATA.jsonl --workdir=runs/8b
 
 Weights are read slice by slice into their shards, so no host holds the model. Not yet run on that hardware by us: no number is promised.
 """

@@ -13,6 +13,7 @@ Expect on held-out pairs: experiments/quickstart/README.md.
 from ml_collections import ConfigDict
 
 HOME = "runs/quickstart"
+PAIRS = dict(name="pairs", prompt="{prompt}\n")
 
 
 def get_config(arg: str = "lora") -> ConfigDict:
@@ -31,7 +32,7 @@ def base() -> ConfigDict:
     config.method = dict(name="full")
     config.data = dict(
         train=dict(path=f"{HOME}/data/text.jsonl", length=256, overlong="split"),
-        eval=dict(path=f"{HOME}/data/eval.jsonl", format=dict(name="pairs", template="{prompt}\n")),
+        eval=dict(path=f"{HOME}/data/eval.jsonl", format=PAIRS),
     )
     config.optimizer = dict(name="adamw", learning_rate=3e-3, b2=0.98, weight_decay=0.1, schedule=dict(name="cosine", warmup_steps=20))
     config.train = dict(steps=300, batch_size=8)
@@ -42,9 +43,8 @@ def tuned(method: str) -> ConfigDict:
     config = ConfigDict()
     config.model = dict(name="pretrained", path=f"{HOME}/base/exports/hf")
     config.method = dict(name="lora", rank=16, alpha=32.0) if method == "lora" else dict(name="full")
-    pairs = dict(name="pairs", template="{prompt}\n")
     config.data = dict(
-        train=dict(path=f"{HOME}/data/train.jsonl", length=256, format=pairs),
+        train=dict(path=f"{HOME}/data/train.jsonl", length=256, format=PAIRS),
         eval=dict(path=f"{HOME}/data/eval.jsonl"),
     )
     rate = 3e-3 if method == "lora" else 7e-4

@@ -31,11 +31,6 @@ _environment() {
 
     if [ ! "$stamp" -nt "$root/setup.py" ]; then
         echo "Installing tuning${extra:+[$extra]} into .venv; the first time takes minutes ..." >&2
-        if [ "$extra" = test ]; then
-            # On Linux the torch of PyPI brings gigabytes of CUDA, and the tests run it on CPU. If this fails, the next line takes that one.
-            pip install --quiet --no-deps --retries 0 --timeout 10 --index-url https://download.pytorch.org/whl/cpu \
-                "$(grep -o 'torch==[0-9.]*' "$root/setup.py")" 2>/dev/null || true
-        fi
         pip install --quiet --disable-pip-version-check --editable "$root${extra:+[$extra]}" || return 1
         touch "$stamp"
     fi

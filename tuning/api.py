@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tuning import build
+from tuning import export as exports
 from tuning.core import config as configs
 from tuning.core import mesh as meshes
 from tuning.core import tree
@@ -31,7 +33,7 @@ from tuning.objectives.tokens import token_nll
 from tuning.training import flops, loop, provenance, state, step, workdir
 from tuning.training.checkpoint import Checkpoints
 from tuning.training.progress import Display
-from tuning.training.writer import Writer, cut
+from tuning.training.writer import Writer
 
 
 def train(config: Mapping[str, Any], workdir_path: str | Path, *, argv: Sequence[str] = ()) -> dict[str, float]:
@@ -67,7 +69,6 @@ def _run(parts: build.Parts, path: Path, first: bool, argv: Sequence[str]) -> di
         data.seek(meta["data"])
         display.say(f"Going on from step {int(start.step)}.")
     if first:
-        cut(path, int(start.step) if meta else -1)
         if not meta or not workdir.is_run(path):
             digests = {name: rows.digest for name, rows in (("train", parts.train), ("eval", parts.eval)) if rows is not None}
             workdir.write_json(path / "provenance.json", provenance.collect(argv, digests))
@@ -83,7 +84,7 @@ def _run(parts: build.Parts, path: Path, first: bool, argv: Sequence[str]) -> di
     )  # fmt: skip
     display.say(f"Weights ready in {loaded - began:.1f} s, train step compiled in {time.monotonic() - loaded:.1f} s.")
     display = Display(path.name, parts.settings.steps, int(start.step), first)
-    with Writer(path, step=int(start.step) if meta else -1, active=first) as writer:
+    with contextlib.closing(Writer(path, after=int(start.step) if meta else -1)) as writer:
         job = loop.Job(
             compiled, data, parts.settings, parts.evaluation, parts.checkpoint, parts.optimizer.learning_rate, checkpoints, writer, display,
             evaluate=evaluator(parts), sample=sampler(parts),
@@ -92,7 +93,6 @@ def _run(parts: build.Parts, path: Path, first: bool, argv: Sequence[str]) -> di
         try:
             _, final = loop.run(job, start, meta.get("memory"))
         finally:
-            data.close()
             checkpoints.close()
     return final
 
@@ -172,7 +172,7 @@ def summary(parts: build.Parts) -> str:
 
 def enable_compilation_cache() -> None:
     """Keeps compiled programs between runs, in a directory that only this user can write: who writes it runs code in our processes."""
-    if jax.config.jax_compilation_cache_dir or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    if jax.config.values.get("jax_compilation_cache_dir"):
         return
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuning" / "compiled"
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -208,17 +208,19 @@ def load(
                 raise ValueError(f"{path} is a run, which has its own weights; an adapter goes on a published model.")
             return _load_run(path, dtype, where, checkpoint)
         source = build.pretrained(path=str(path_or_id), revision=revision, dtype=dtype)
+        found: dict[str, Any] = {}
         if adapter is None:
             method = METHODS["full"](build.outline(source))
             m = build.model(source, method, where)
             params = build.base_params(m, lambda name: True, 0)
         else:
             directory = files.resolve(adapter)
-            found = adapters.settings(directory, source.published or {})
-            source = dataclasses.replace(source, config=dataclasses.replace(source.config, added=adapters.added(directory)))
+            found = adapters.settings(directory, source.table)
+            source = dataclasses.replace(source, config=dataclasses.replace(source.config, added=found.pop("added")))
+            del found["layers"]  # an adapter that covers some layers only is refused when it is read
             m = build.model(source, METHODS["lora"](build.outline(source), **found), where)
             params = build.with_adapter(m, build.base_params(m, lambda name: True, 0), directory)
-    return LoadedModel(m, jax.tree.map(lambda x: x.astype(dtype), params), stop_ids(source))
+    return LoadedModel(m, jax.tree.map(lambda x: x.astype(dtype), params), stop_ids(source), found and {"name": "lora", **found})
 
 
 def _load_run(path: Path, dtype: str, where: Mesh, which: str | int) -> LoadedModel:
@@ -227,7 +229,7 @@ def _load_run(path: Path, dtype: str, where: Mesh, which: str | int) -> LoadedMo
     source = configs.bind(build.SECTIONS, config, "model")()
     m = build.model(source, configs.bind(build.SECTIONS, config, "method")(build.outline(source)), where)
     learns, _ = tree.split(m.layout, m.tuned)
-    with Checkpoints(path / "checkpoints", read_only=True) as checkpoints:
+    with contextlib.closing(Checkpoints(path / "checkpoints", read_only=True)) as checkpoints:
         _, tuned, _, _ = checkpoints.restore(which, learns, None)
     params = tree.merge(tuned, build.base_params(m, lambda name: not m.tuned(name), config["seed"]))
     return LoadedModel(m, jax.tree.map(lambda x: x.astype(dtype), params), stop_ids(source), config["method"])
@@ -253,7 +255,9 @@ class LoadedModel:
     @property
     def tokenizer(self) -> Any:
         if self.model.source.tokenizer is None:
-            raise ValueError(f"{self.model.source.path!r} has no tokenizer files; this call takes text. Add tokenizer.json or tokenizer.model.")
+            raise ValueError(
+                f"{self.model.source.path!r} has no tokenizer files; this call takes text. Add tokenizer.json or tokenizer.model."
+            )
         return self.model.source.tokenizer
 
     def _forward(self, params: Tree, tokens_BT, mask_BT):
@@ -305,9 +309,7 @@ class LoadedModel:
 
         An adapter goes into an "hf" export only when `merge` says so; the logits of both are compared first.
         """
-        from tuning.export import export
-
-        return export(self, Path(directory), format, merge)
+        return exports.write(self.model, self.params, self.method, Path(directory), format, merge)
 
 
 def open_ended(words: Any, text: str, special_tokens: bool) -> list[int]:

@@ -20,6 +20,7 @@ from tuning.core.types import Loss, Tree
 from tuning.data.dataset import Rows, dataset
 from tuning.data.formats import FORMATS
 from tuning.hub import adapters, checkpoint, families, files, tokenizer
+from tuning.hub.names import Table
 from tuning.methods import METHODS
 from tuning.methods.method import Method
 from tuning.models import decoder as decoders
@@ -27,7 +28,6 @@ from tuning.models import network as networks
 from tuning.models.decoder import DecoderConfig
 from tuning.models.network import Network
 from tuning.nn.sites import Outline
-from tuning.nn.stack import layer_range
 from tuning.objectives import OBJECTIVES
 from tuning.training import loop, state
 from tuning.training.optimizer import OPTIMIZERS, SCHEDULES
@@ -52,6 +52,12 @@ class Source:
     published: dict[str, Any] | None = None
     adapter: Path | None = None
     path: str = ""
+    revision: str | None = None
+
+    @property
+    def table(self) -> Table:
+        """Where the leaves stand in published checkpoints."""
+        return (families.family(self.published) if self.published else families.FAMILIES[families.choose(self.config)]).table
 
 
 def pretrained(
@@ -73,7 +79,7 @@ def pretrained(
     remat         what the backward pass keeps: "none" (everything), "dots" (matmul results), "full" (each layer's input)
     """
     directory = files.resolve(path, revision)
-    published = files.read_json(directory / "config.json")
+    published = checkpoint.read_config(directory)
     words = tokenizer.load(directory)
     config = families.config_from(published)
     if added_tokens:
@@ -85,7 +91,7 @@ def pretrained(
             raise ValueError(f"model.added_tokens={added_tokens}: {len(added_tokens) - count} of them are tokens already.")
         config = dataclasses.replace(config, added=(first, count))
     config = dataclasses.replace(config, dtype=dtype, precision=precision, remat=remat)
-    return Source(config, words, directory, published, files.resolve(adapter) if adapter else None, path)
+    return Source(config, words, directory, published, files.resolve(adapter) if adapter else None, path, revision)
 
 
 def decoder(
@@ -187,7 +193,9 @@ def base_params(m: Model, wanted: Callable[[str], bool], seed: int) -> Tree:
     if m.source.directory is None:
         return state.fresh(m.network.init, tree.unflatten({**inside, **fresh}), seed)
     born = state.fresh(m.network.init, tree.unflatten({n: x for n, x in fresh.items() if n not in ADDED}), seed)
-    params = checkpoint.load(m.source.directory, tree.unflatten(inside), m.source.config, m.source.published)
+    places = {name: leaf.sharding for name, leaf in inside.items()}
+    dtype_of = lambda name: inside[name].dtype  # noqa: E731
+    params = checkpoint.load(m.source.directory, tree.unflatten(inside), tree.unflatten(places), dtype_of, m.source.table)
     added = {n: _mean_rows(m, params, n) for n in fresh if n in ADDED}
     return tree.merge(params, born, tree.unflatten(added))
 
@@ -203,9 +211,9 @@ def start_params(m: Model, seed: int) -> Tree:
 def with_adapter(m: Model, params: Tree, directory: Path) -> Tree:
     """The parameters with the values of a PEFT directory in the adapter's leaves."""
     wanted = {n: x for n, x in tree.flatten(m.layout).items() if "/adapter/" in n or n in ADDED}
-    values = adapters.read(directory, tree.unflatten(wanted), m.source.published or {})
-    placed = tree.map_named(lambda name, x, like: jax.device_put(jnp.asarray(x, like.dtype), like.sharding), values, tree.unflatten(wanted))
-    return tree.unflatten({**tree.flatten(params), **tree.flatten(placed)})
+    values = tree.flatten(adapters.read(directory, tree.unflatten(wanted), m.source.table))
+    placed = {name: jax.device_put(values[name], leaf.sharding) for name, leaf in wanted.items()}
+    return tree.unflatten({**tree.flatten(params), **placed})
 
 
 def _mean_rows(m: Model, params: Tree, name: str) -> jax.Array:
@@ -247,7 +255,7 @@ def parts(config: Mapping[str, Any]) -> Parts:
     chosen = bind("method")(outline(source))
     built = model(source, chosen, where)
     if source.adapter is not None:
-        _check_adapter(source.adapter, c["method"], source.published or {})
+        _check_adapter(source, source.adapter, c["method"])
     if source.tokenizer is None:
         raise ValueError(f"{source.path!r} has no tokenizer files, and training reads text. Add tokenizer.json or tokenizer.model there.")
     rows = meshes.row_count(where)
@@ -259,7 +267,9 @@ def parts(config: Mapping[str, Any]) -> Parts:
     held_out = bind("data.eval")(source.tokenizer, bind("data.eval.format")()) if given(c["data"]["eval"]["path"]) else None
     for name, data in (("data.train", train), ("data.eval", held_out)):
         if data is not None and data.length > source.config.max_length:
-            raise ValueError(f"{name}.length={data.length} is more than the {source.config.max_length} positions that the model was made for.")
+            raise ValueError(
+                f"{name}.length={data.length} is more than the {source.config.max_length} positions that the model was made for."
+            )
     return Parts(c, built, loss, optimizer, train, held_out, settings, evaluation, keep)
 
 
@@ -268,9 +278,10 @@ def given(value: Any) -> bool:
     return value is not None and not isinstance(value, configs.Required)
 
 
-def _check_adapter(directory: Path, method: Config, published: Mapping[str, Any]) -> None:
-    has = adapters.settings(directory, published)
-    for key, value in has.items():
-        if method["name"] != "lora" or (method[key] != value and not (key in ("dropout", "targets"))):
-            want = " ".join(f"--config.method.{k}={v}" for k, v in {"name": "lora", **has}.items() if k in ("name", "rank", "alpha"))
-            raise ValueError(f"The adapter in {directory} is LoRA with {key}={value}; the method differs. Set {want}.")
+def _check_adapter(source: Source, directory: Path, method: Config) -> None:
+    """ValueError if the method is not the one that the adapter's values belong to (its targets are checked when it is read)."""
+    has = {"name": "lora", **adapters.settings(directory, source.table)}
+    same = ("name", "rank", "alpha", "rank_stabilized")
+    if any(method.get(key) != has[key] for key in same):
+        wanted = " ".join(f"--config.method.{key}={has[key]}" for key in same)
+        raise ValueError(f"model.adapter={directory} was made by another method. To go on with it: {wanted}.")

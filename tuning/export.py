@@ -2,87 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tuning import build
-from tuning.core import mesh as meshes
 from tuning.core import tree
-from tuning.core.types import Batch
-from tuning.hub import adapters, checkpoint, tokenizer
+from tuning.core.types import Batch, Tree
+from tuning.hub import adapters, checkpoint, files, tokenizer
+from tuning.nn.stack import layer_range
 
-if TYPE_CHECKING:
-    from tuning.api import LoadedModel
-
-FOLD_BOUND = 1e-3  # largest difference of a logit, relative to the largest logit, that rounding explains (float32: about 1e-6)
+# Largest difference of a logit, relative to the largest logit, that rounding explains.
+FOLD_BOUND = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
-def export(model: LoadedModel, directory: Path, format: str, merge: bool) -> Path:
-    """Writes `directory`. ValueError where the format cannot hold the model, or where merging changes its outputs."""
-    directory.mkdir(parents=True, exist_ok=True)
-    adapted = any("/adapter/" in name for name in tree.flatten(model.params))
-    if format == "peft":
-        if model.method["name"] != "lora":
-            raise ValueError(f"--format=peft writes an adapter, and this model was tuned by {model.method['name']!r}. Use --format=hf.")
-        return _peft(model, directory)
-    if format != "hf":
+def write(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path, format: str, merge: bool) -> Path:
+    """Writes `directory`; `method` is the config of the method that tuned the model.
+
+    ValueError where the format cannot hold the model, or where merging changes its outputs.
+    """
+    if format not in ("hf", "peft"):
         raise ValueError(f"--format={format!r} is not one of hf, peft.")
-    if adapted and not merge:
+    if format == "peft" and method["name"] != "lora":
+        raise ValueError(f"--format=peft writes an adapter, and this model was tuned by {method['name']!r}. Use --format=hf.")
+    if format == "hf" and not merge and any("/adapter/" in name for name in tree.flatten(params)):
         raise ValueError("--format=hf holds no adapter: add --merge to fold it into the weights, or use --format=peft.")
-    return _hf(model, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (_peft if format == "peft" else _hf)(m, params, method, directory)
+    return directory
 
 
-def _peft(model: LoadedModel, directory: Path) -> Path:
-    leaves = {n: meshes.gather(x) for n, x in tree.flatten(model.params).items() if "/adapter/" in n or n in build.ADDED}
-    source, method = model.model.source, model.method
+def _peft(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path) -> None:
+    leaves, _ = tree.split(params, lambda name: "/adapter/" in name or name in build.ADDED)
     adapters.write(
-        directory, leaves, source.config, rank=method["rank"], alpha=method["alpha"], dropout=method["dropout"],
-        rank_stabilized=method["rank_stabilized"], base_model=source.path,
+        directory, jax.tree.map(lambda x: x.astype(jnp.float32), leaves), m.source.table, rank=method["rank"], alpha=method["alpha"],
+        dropout=method["dropout"], rank_stabilized=method["rank_stabilized"], layers=m.source.config.layers, added=m.source.config.added,
+        base_model=m.source.path, revision=m.source.revision,
     )  # fmt: skip
-    if source.tokenizer is not None:
-        tokenizer.save(source.tokenizer, directory)
-    return directory
+    if m.source.tokenizer is not None:
+        tokenizer.save(m.source.tokenizer, directory)
 
 
-def _hf(model: LoadedModel, directory: Path) -> Path:
-    m, source = model.model, model.model.source
-    params = jax.jit(m.method.fold)(model.params)
-    base = build.model(source, build.METHODS["full"](build.outline(source)), m.mesh)
-    params = _same_segments(params, base)
-    _compare(model, base, params)
-    checkpoint.save(directory, params, source.config, source.published, tokenizer=source.tokenizer, source=source.directory)
-    return directory
+def _hf(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path) -> None:
+    source = m.source
+    plain = build.model(source, build.METHODS["full"](build.outline(source)), m.mesh)
+    folded = join(jax.jit(m.method.fold)(params), source.config.layers)
+    _compare(m, params, plain, folded)
+    there = source.directory / "generation_config.json" if source.directory else None
+    checkpoint.save(
+        directory, folded, source.config, original=source.published, tokens=source.tokenizer, dtype=source.config.dtype,
+        generation=files.read_json(there) if there and there.is_file() else None,
+    )  # fmt: skip
 
 
-def _same_segments(params, base: build.Model):
-    """Joins the segments of a stack that the method had cut."""
-    leaves = tree.flatten(params)
+def join(params: Tree, layers: int) -> Tree:
+    """The parameters with the segments of a stack that a method had cut joined again."""
     pieces: dict[str, list] = {}
-    for name in sorted(leaves, key=lambda n: (build.layer_range(n) or (0, 0))[0]):
-        parts = name.split("/")
-        whole = "/".join(["blocks", f"0-{base.source.config.layers - 1}", *parts[2:]]) if build.layer_range(name) else name
-        pieces.setdefault(whole, []).append(leaves[name])
-    return tree.unflatten({n: xs[0] if len(xs) == 1 else jnp.concatenate(xs) for n, xs in pieces.items()})
+    for name, leaf in sorted(tree.flatten(params).items(), key=lambda item: layer_range(item[0]) or (0, 0)):
+        place = name.split("/", 2)
+        pieces.setdefault(f"blocks/0-{layers - 1}/{place[2]}" if layer_range(name) else name, []).append(leaf)
+    return tree.unflatten({n: leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves) for n, leaves in pieces.items()})
 
 
-def _compare(model: LoadedModel, base: build.Model, params) -> None:
+def _compare(m: build.Model, params: Tree, plain: build.Model, folded: Tree) -> None:
     """The exported weights must give the logits of the model they came from."""
-    tokens = np.random.default_rng(0).integers(0, base.source.config.vocabulary, (1, min(32, base.source.config.max_length)))
-    before = np.asarray(model.logits(tokens))
-    ones = jnp.ones(tokens.shape, jnp.int32)
-    ids = jnp.asarray(tokens, jnp.int32)
+    config = m.source.config
+    ids = np.random.default_rng(0).integers(0, config.vocabulary, (1, min(32, config.max_length))).astype(np.int32)
+    ones = np.ones_like(ids)
+    batch = Batch(ids, ids, ones, ones, ones.cumsum(1, dtype=np.int32) - 1)
 
-    def forward(params):
-        hidden, head, _ = base.network.apply(params, Batch(ids, ids, ones, ones, jnp.cumsum(ones, 1) - 1))
+    def logits(network, params):
+        hidden, head, _ = network.apply(params, batch)
         return head(hidden)
 
-    with jax.set_mesh(base.mesh):
-        after = np.asarray(jax.jit(forward)(params))
+    with jax.set_mesh(m.mesh):
+        before, after = (np.asarray(jax.jit(logits, static_argnums=0)(*pair)) for pair in ((m.network, params), (plain.network, folded)))
     gap = float(np.abs(after - before).max() / max(1.0, np.abs(before).max()))
-    bound = FOLD_BOUND if base.source.config.dtype == "float32" else 0.1
-    if not gap <= bound:
-        raise ValueError(f"The exported weights give other logits: relative difference {gap:.2e}, allowed {bound:.0e}. Export in --dtype=float32.")
+    if not gap <= FOLD_BOUND[config.dtype]:
+        raise ValueError(f"The exported weights give other logits: relative difference {gap:.2e}. Load with --dtype=float32 to export.")

@@ -102,7 +102,10 @@ def test_a_state_is_restored_on_another_mesh_and_in_another_dtype(opened):
     checkpoints = opened()
     checkpoints.save(5, tuned, optimizer, {})
     two = NamedSharding(mesh.over(jax.devices()[2:4], tensor=2), P(None, "tensor"))
-    flat = {n: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=two if x.ndim == 3 else NamedSharding(two.mesh, P())) for n, x in tree.flatten(tuned).items()}
+    flat = {
+        n: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=two if x.ndim == 3 else NamedSharding(two.mesh, P()))
+        for n, x in tree.flatten(tuned).items()
+    }
     _, back, _, _ = checkpoints.restore("last", tree.unflatten(flat))
     for name, leaf in tree.flatten(back).items():
         assert leaf.sharding == flat[name].sharding and leaf.dtype == jnp.bfloat16
@@ -201,14 +204,14 @@ def test_a_meta_that_json_would_change_is_refused(opened, meta):
 
 def test_a_tree_that_is_not_the_saved_one_is_named_leaf_by_leaf(opened):
     checkpoints = saved(opened(), 1)
-    tuned, optimizer = template()
+    tuned, _ = template()
     other = {**tuned, "norm": {"scale": jax.ShapeDtypeStruct((9,), jnp.float32, sharding=tuned["norm"]["scale"].sharding)}}
     other["extra"] = {"kernel": tuned["norm"]["scale"]}
     with pytest.raises(ValueError, match=r"tuned: missing: extra/kernel; wrong shape: norm/scale \(8,\), expected \(9,\)"):
         checkpoints.restore("last", other)
     with pytest.raises(ValueError, match="tuned: unexpected: blocks/0-15/attn/q/kernel"):
         checkpoints.restore("last", {"norm": tuned["norm"]})
-    with pytest.raises(ValueError, match="optimizer: missing: .*unexpected: "):
+    with pytest.raises(ValueError, match=r"optimizer: missing: .*unexpected: "):
         checkpoints.restore("last", tuned, abstract(optax.lion(1e-3).init(state(1)[0])))
     with pytest.raises(ValueError, match="these have none: norm/scale"):
         checkpoints.restore("last", {**tuned, "norm": {"scale": jax.ShapeDtypeStruct((8,), jnp.float32)}})
@@ -289,7 +292,7 @@ def test_a_save_that_fails_is_reported_for_its_step_and_the_next_one_is_tried(op
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))  # files longer than this fail as on a full disk
     try:
         checkpoints.save(2, big, {}, {}, 0.5)
-        with pytest.raises(RuntimeError, match="The checkpoint of step 2 was not saved; the newest .* step 1"):
+        with pytest.raises(RuntimeError, match=r"The checkpoint of step 2 was not saved; the newest .* step 1"):
             checkpoints.wait()
         checkpoints.save(3, big, {}, {})
         with pytest.raises(RuntimeError, match="step 3 was not saved"):
@@ -315,7 +318,7 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(opened, monke
     checkpoints = saved(opened(), 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 90, 10))
     tuned, optimizer = state(2)
-    with pytest.raises(OSError, match="step 2 takes up to .* bytes; .* has 10 left"):
+    with pytest.raises(OSError, match=r"step 2 takes up to .* bytes; .* has 10 left"):
         checkpoints.save(2, tuned, optimizer, {})
     assert checkpoints.steps() == [1] and not checkpoints.has(2)
 
@@ -335,7 +338,9 @@ def run(script: str, *arguments: str) -> subprocess.Popen:
     lines = "import jax, sys, numpy as np\nfrom tuning.training.checkpoint import Checkpoints\n" + textwrap.dedent(script)
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root, "XLA_FLAGS": ""}
-    return subprocess.Popen([sys.executable, "-c", lines, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", lines, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def test_a_process_killed_before_the_commit_leaves_the_step_before_and_its_remains_are_swept(opened, tmp_path):

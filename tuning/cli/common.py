@@ -23,10 +23,10 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
 
 def load(args: argparse.Namespace):
     """The model that the flags name."""
-    import tuning
+    from tuning import api
 
     which = int(args.checkpoint) if args.checkpoint.isdigit() else args.checkpoint
-    return tuning.load(args.model, adapter=args.adapter, dtype=args.dtype, checkpoint=which)
+    return api.load(args.model, adapter=args.adapter, dtype=args.dtype, checkpoint=which)
 
 
 def report(verb: Callable[[list[str]], int], argv: list[str]) -> int:

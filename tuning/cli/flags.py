@@ -39,8 +39,8 @@ def read(path: str) -> Config:
     name, colon, arg = path.partition(":")
     file = Path(name)
     if not file.is_file():
-        there = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        raise ValueError(f"--config={path}: no such file.{f' {file.parent} has {", ".join(there)}.' if there else ''}")
+        there = ", ".join(sorted(p.name for p in file.parent.glob("*.py")))
+        raise ValueError(f"--config={path}: no such file. {file.parent} has {there or 'no configs'}.")
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -55,8 +55,8 @@ def main(argv: list[str]) -> int:
 
         describe.show(build.parts(config))
         return 0
-    import tuning
+    from tuning import api
 
-    final = tuning.train(config, args.workdir, argv=[*sys.argv[:2], *argv])
+    final = api.train(config, args.workdir, argv=[*sys.argv[:2], *argv])
     print("  ".join(f"{name} {value:.6g}" for name, value in final.items() if not name.startswith(("time/", "memory/"))))
     return 0

@@ -43,7 +43,9 @@ def resolve(sections: Sections, given: Mapping[str, Any], scalars: Mapping[str, 
     full: Config = {}
     for where, section in sections.items():
         own = dict(dig(given, where) or {})
-        wanted = {**{k: v for k, v in (dig(given, section.inherits) or {}).items() if k not in section.own}, **own} if section.inherits else own
+        wanted = (
+            {**{k: v for k, v in (dig(given, section.inherits) or {}).items() if k not in section.own}, **own} if section.inherits else own
+        )
         if section.inherits and "name" in own and own["name"] != (dig(given, section.inherits) or {}).get("name"):
             wanted = own
         children = [key.split(".")[-1] for key in sections if key.rpartition(".")[0] == where]

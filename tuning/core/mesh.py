@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ def mesh(*, dcn: int = 1, data: int = -1, fsdp: int = 1, expert: int = 1, contex
     return over(jax.devices(), **sizes)
 
 
-def over(devices: Sequence[jax.Device], **sizes: int) -> Mesh:
+def over(devices: Sequence[Any], **sizes: int) -> Mesh:
     """A mesh of the given devices; axes that are not named have size 1. ValueError if the sizes do not fit the devices."""
     shape = {axis: sizes.get(axis, 1) for axis in AXES}
     free = [axis for axis, size in shape.items() if size == -1]
@@ -63,11 +64,11 @@ def over(devices: Sequence[jax.Device], **sizes: int) -> Mesh:
 
 def spec(shape: Sequence[int], axes: Sequence[str | None], where: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
     """How an array with these logical axes is split. KeyError for a logical axis without a rule."""
-    names = []
+    names: list[Any] = []
     for size, axis in zip(shape, axes, strict=True):
-        split = tuple(a for a in (RULES[axis] if axis else ()) if where.shape[a] > 1)
-        divides = split and size % math.prod(where.shape[a] for a in split) == 0
-        names.append((split if len(split) > 1 else split[0]) if divides else None)
+        split: list[str] = [a for a in (RULES[axis] if axis else ()) if where.shape[a] > 1]
+        divides = size % math.prod(where.shape[a] for a in split) == 0
+        names.append((tuple(split) if len(split) > 1 else split[0]) if split and divides else None)
     return PartitionSpec(*names)
 
 

@@ -15,11 +15,8 @@ import jax.numpy as jnp
 Tree = Any  # a nested dict whose leaves are arrays (or ShapeDtypeStructs, shardings, ...)
 
 
-def _pytree(cls):
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
-
-
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """Token rows, all arrays [B, T]; global arrays are sharded over their first axis.
 
@@ -37,7 +34,8 @@ class Batch:
     positions: Any
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Mean:
     """A mean that can still be added up: `total / weight`, divided once, by whoever writes it down."""
 
@@ -56,7 +54,8 @@ class Mean:
 Means = Mapping[str, Mean]
 
 
-@_pytree
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """Everything a train step changes. Only `tuned` is differentiated, optimised and saved.
 
@@ -78,7 +77,7 @@ Head = Callable[[jax.Array], jax.Array]  # hidden [..., D] -> logits [..., V] in
 class Forward(Protocol):
     """A model bound to its parameters (and to a random key while training)."""
 
-    def __call__(self, batch: Batch) -> tuple[jax.Array, Head, dict[str, Mean]]:
+    def __call__(self, batch: Batch, /) -> tuple[jax.Array, Head, dict[str, Mean]]:
         """Returns hidden_BTD, the head that turns it into logits, and measures of its own (a router's balance)."""
         ...
 
@@ -86,4 +85,4 @@ class Forward(Protocol):
 class Loss(Protocol):
     """An objective: the entry `loss` is lowered, the others are watched."""
 
-    def __call__(self, forward: Forward, batch: Batch) -> dict[str, Mean]: ...
+    def __call__(self, forward: Forward, batch: Batch, /) -> dict[str, Mean]: ...

@@ -70,7 +70,7 @@ def write(
 
     In a run of several processes every one must call it; the first one writes.
     """
-    flat = tree.flatten(leaves)
+    flat = {name: value if isinstance(value, np.ndarray) else mesh.gather(value) for name, value in tree.flatten(leaves).items()}
     tensors = dict(_files(flat, table))
     modules = _modules(tensors, layers)
     settings = {
@@ -87,8 +87,8 @@ def write(
         return directory
     files.write(directory, tensors.items(), stem=STEM)
     files.write_json(directory / CONFIG, settings)
-    again = tree.flatten(read(directory, leaves, table))
-    if bad := [name for name, value in flat.items() if not np.array_equal(again[name], mesh.gather(value), equal_nan=True)]:
+    again = tree.flatten(read(directory, tree.unflatten(flat), table))
+    if bad := [name for name, value in flat.items() if not np.array_equal(again[name], value, equal_nan=True)]:
         raise ValueError(f"{directory}: read back, {tree.listing(bad)} differ from what was written.")
     return directory
 
@@ -192,12 +192,12 @@ def _place(leaf: str, table: Table) -> names.Place:
     return names.Place(tensors, base.stacked, transposed=True)
 
 
-def _files(flat: Mapping[str, Any], table: Table) -> Iterator[tuple[str, np.ndarray]]:
+def _files(flat: Mapping[str, np.ndarray], table: Table) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of the file's tensors."""
     for leaf, value in flat.items():
-        place, whole = _place(leaf, table), mesh.gather(value)
+        place = _place(leaf, table)
         for i, name in enumerate(place.tensors):
-            one = whole[i] if place.stacked else whole
+            one = value[i] if place.stacked else value
             yield name, np.ascontiguousarray(one.T if place.transposed else one)
 
 

@@ -189,7 +189,8 @@ def _take(leaf: jax.Array, layer: int) -> jax.Array:
 
 
 def _cast(name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    cast = np.ascontiguousarray(values.astype(dtype))
+    with np.errstate(over="ignore"):  # said below
+        cast = np.ascontiguousarray(values.astype(dtype))
     if dtype == np.float16 and not np.isfinite(cast).all() and np.isfinite(values).all():
         raise ValueError(f"{name} has values beyond float16's largest, 65504. Export in bfloat16 or float32.")
     return cast

@@ -67,6 +67,8 @@ class DecoderConfig:
             raise ValueError(f"A decoder's sizes are positive; {', '.join(low)}.")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}, which share them.")
+        if self.added[1] and self.added[0] > self.vocab_size:
+            raise ValueError(f"added={self.added} leaves a gap behind the {self.vocab_size} rows of the table.")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is not one of {', '.join(ACTIVATIONS)}.")
 

@@ -59,7 +59,9 @@ def build(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     """The network that `make` constructs, without allocating it."""
     with nnx.use_eager_sharding(False):
         graph, structure = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
-        axes = nnx.to_pure_dict(jax.tree.map(lambda p: p.get_metadata("out_sharding"), structure, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+        axes = nnx.to_pure_dict(
+            jax.tree.map(lambda p: p.get_metadata("out_sharding"), structure, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        )
     abstract = nnx.to_pure_dict(structure)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), abstract)
     return Network(make, graph, structure, abstract, axes)

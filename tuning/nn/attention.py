@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from tuning.core import keys, mesh

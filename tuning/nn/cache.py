@@ -32,9 +32,7 @@ class Cache:
     def extend(self, segments_BT: jax.Array, positions_BT: jax.Array) -> Cache:
         """Notes what the next T slots hold; the layers then write their keys and values there."""
         put = lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (0, self.length))  # noqa: E731
-        return dataclasses.replace(
-            self, segments=put(self.segments, segments_BT), positions=put(self.positions, positions_BT)
-        )
+        return dataclasses.replace(self, segments=put(self.segments, segments_BT), positions=put(self.positions, positions_BT))
 
 
 def write(whole: jax.Array, part_BTKH: jax.Array, layer: jax.Array, at: jax.Array) -> jax.Array:

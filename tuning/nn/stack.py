@@ -7,6 +7,7 @@ leaves of layers 12 to 15 stand under `blocks/12-15/`.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -30,7 +31,7 @@ def segments(layers: int, cuts: tuple[int, ...]) -> dict[str, tuple[int, int]]:
     if bad:
         raise ValueError(f"Cannot cut a stack of {layers} layers at {bad}; a cut lies between 0 and {layers}.")
     edges = sorted({0, layers, *cuts})
-    return {f"{start}-{stop - 1}": (start, stop) for start, stop in zip(edges, edges[1:], strict=False)}
+    return {f"{start}-{stop - 1}": (start, stop) for start, stop in itertools.pairwise(edges)}
 
 
 def layer_range(name: str) -> tuple[int, int] | None:
@@ -45,7 +46,9 @@ def layer_range(name: str) -> tuple[int, int] | None:
 class Stack(nnx.Module):
     """`make(layers, rngs)` builds one layer for a segment; a layer is called with (x, context, key, store)."""
 
-    def __init__(self, make: Callable[[tuple[int, int], nnx.Rngs], nnx.Module], layers: int, cuts: tuple[int, ...], remat: str, rngs: nnx.Rngs):
+    def __init__(
+        self, make: Callable[[tuple[int, int], nnx.Rngs], nnx.Module], layers: int, cuts: tuple[int, ...], remat: str, rngs: nnx.Rngs
+    ):
         if remat not in REMAT:
             raise ValueError(f"remat={remat!r} is not one of {', '.join(REMAT)}.")
         self.remat = remat

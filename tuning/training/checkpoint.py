@@ -57,7 +57,9 @@ class Checkpoints:
             save_root_metadata=False,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
         )
-        self._manager = ocp.CheckpointManager(self.directory, item_handlers={**arrays, "meta": ocp.JsonCheckpointHandler()}, options=options)
+        self._manager = ocp.CheckpointManager(
+            self.directory, item_handlers={**arrays, "meta": ocp.JsonCheckpointHandler()}, options=options
+        )
         self._steps = sorted(self._manager.all_steps())
         for step in self._steps:
             self._note(step, _metric(self.directory / str(step)))
@@ -176,7 +178,7 @@ class Checkpoints:
         """Before anything is written. One process only: several could disagree, and then wait for one another."""
         need, free = tree.nbytes(items), shutil.disk_usage(self.directory).free
         if jax.process_count() == 1 and need > free:
-            text = f"The checkpoint of step {step} takes up to {need:,} bytes; {self.directory} has {free:,} left. Make room, or keep fewer"
+            text = f"The checkpoint of step {step} takes up to {need:,} bytes; {self.directory} has {free:,} left. Make room there."
             raise OSError(errno.ENOSPC, text)
 
     def _write_manifest(self) -> None:
@@ -190,11 +192,11 @@ class Checkpoints:
     def _intact(self, which: str | int, items: Sequence[str]) -> int:
         """The step that is meant, verified."""
         named = {"last": self.last(), "best": self.best()}
-        step = named[which] if isinstance(which, str) and which in named else which
-        if step not in self.steps():
-            raise ValueError(f"There is no checkpoint {which!r} in {self.directory}; steps: {self.steps()}, best: {named['best']}.")
+        wanted = named.get(which) if isinstance(which, str) else which
+        if wanted not in self._steps:
+            raise ValueError(f"There is no checkpoint {which!r} in {self.directory}; steps: {self._steps}, best: {named['best']}.")
         damaged: dict[int, str] = {}
-        for step in reversed(self.steps()) if which == "last" else [int(step)]:
+        for step in reversed(self._steps) if which == "last" else [wanted]:
             damage = _damage(self.directory / str(step), items)
             if damage is None:
                 self._set_aside(damaged)
@@ -213,7 +215,7 @@ class Checkpoints:
                 aside = self.directory / f"{step}.damaged"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(step)).rename(aside)
-        ocp.multihost.sync_global_processes("tuning:set_aside")
+        ocp.multihost.sync_global_processes(f"tuning:set_aside:{min(damaged)}")
         self._reload()
 
 

@@ -8,11 +8,13 @@ import threading
 import jax
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  (not an error: the run did as it was told)
     """The run was asked to stop and has saved. `code` is the exit status a shell expects: 128 + the signal's number."""
 
     def __init__(self, signum: int, step: int):
-        super().__init__(f"Stopped at step {step} by {signal.Signals(signum).name}; the state is saved, and the same command goes on from there.")
+        super().__init__(
+            f"Stopped at step {step} by {signal.Signals(signum).name}; the state is saved, and the same command goes on from there."
+        )
         self.code = 128 + signum
 
 

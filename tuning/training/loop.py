@@ -6,10 +6,11 @@ started again writes the same lines as one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol
 
 import jax
@@ -82,7 +83,7 @@ class Checkpoint:
 class Data(Protocol):
     """An endless loader whose place is a few numbers."""
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Generator[Batch]: ...
     def position(self) -> dict: ...
 
 
@@ -124,9 +125,8 @@ def run(job: Job, state: TrainState, memory: dict[str, Any] | None = None) -> tu
     clock = Clock(job, first)
     if first == 0:
         final |= _evaluate(job, state, 0, memory)
-    batches = iter(job.data)
-    with Guard() as guard, job.display:
-        step = first
+    step = first
+    with Guard() as guard, job.display, contextlib.closing(iter(job.data)) as batches:
         for step in range(first + 1, last + 1):
             state, means = job.step(state, next(batches))
             clock.tick(step, means)
@@ -152,7 +152,9 @@ def run(job: Job, state: TrainState, memory: dict[str, Any] | None = None) -> tu
                 job.checkpoints.wait()
                 raise Interrupted(signum, step)
             if early:
-                job.display.say(f"Stopped early at step {step}: {memory['worse']} evaluations without a better loss than {memory['best']:.4f}.")
+                job.display.say(
+                    f"Stopped early at step {step}: {memory['worse']} evaluations without a better loss than {memory['best']:.4f}."
+                )
                 break
     job.checkpoints.wait()
     if memory["best"] is not None:
@@ -171,7 +173,9 @@ def _evaluate(job: Job, state: TrainState, step: int, memory: dict[str, Any]) ->
     job.writer.write(step, values | {"time/eval_seconds": time.monotonic() - began})
     if job.sample:
         job.writer.text(step, "samples", job.sample(state))
-    job.display.say(f"step {step}: eval loss {values['eval/loss']:.4f}, perplexity {values['eval/perplexity']:.2f}, accuracy {values['eval/accuracy']:.1%}")
+    job.display.say(
+        f"step {step}: eval loss {values['eval/loss']:.4f}, perplexity {values['eval/perplexity']:.2f}, accuracy {values['eval/accuracy']:.1%}"
+    )
     return values
 
 

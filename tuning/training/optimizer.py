@@ -62,7 +62,9 @@ def wsd(steps: int, *, warmup_steps: int = 0, decay_steps: int | None = None, fi
     """
     decay_steps = max(1, steps // 10) if decay_steps is None else decay_steps
     if decay_steps < 1 or warmup_steps + decay_steps > steps:
-        raise ValueError(f"warmup_steps={warmup_steps} and decay_steps={decay_steps} do not fit into a run of {steps} steps; lower one of them.")
+        raise ValueError(
+            f"warmup_steps={warmup_steps} and decay_steps={decay_steps} do not fit into a run of {steps} steps; lower one of them."
+        )
     return _after_warmup(steps, warmup_steps, lambda count: 1 - (1 - final) * _part(count, steps - decay_steps, steps), final)
 
 
@@ -186,7 +188,9 @@ def muon(
 OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor, "sgd": sgd, "lion": lion, "muon": muon}
 
 
-def _optimizer(direction: optax.GradientTransformation, schedule: Schedule, learning_rate: float, weight_decay: float, decay: str) -> Optimizer:
+def _optimizer(
+    direction: optax.GradientTransformation, schedule: Schedule, learning_rate: float, weight_decay: float, decay: str
+) -> Optimizer:
     if learning_rate < 0 or weight_decay < 0:
         raise ValueError(f"learning_rate={learning_rate} and weight_decay={weight_decay} may not be negative.")
 
@@ -206,14 +210,19 @@ def _optimizer(direction: optax.GradientTransformation, schedule: Schedule, lear
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same transformation with float32 state and updates for leaves and gradients of any float dtype."""
-    cast = lambda leaves: jax.tree.map(lambda x: x.astype(jnp.float32), leaves)  # noqa: E731
 
-    def update(gradients, state, leaves=None):
-        if leaves is None:
+    def cast(leaves: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), leaves)
+
+    def init(params):
+        return inner.init(cast(params))
+
+    def update(updates, state, params=None):
+        if params is None:
             raise ValueError("The optimizer needs the leaves as well as their gradients: transform.update(gradients, state, leaves).")
-        return inner.update(cast(gradients), state, cast(leaves))
+        return inner.update(cast(updates), state, cast(params))
 
-    return optax.GradientTransformation(lambda leaves: inner.init(cast(leaves)), update)
+    return optax.GradientTransformation(init, update)
 
 
 def shardings(state: Any, tuned: Tree, tuned_shardings: Tree, replicated: Any) -> Any:

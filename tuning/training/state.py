@@ -1,4 +1,4 @@
-"""The birth of a train state: every array is created in its shards, tuned leaves in float32, frozen ones in the dtype of the computation."""
+"""The birth of a train state: every array is created in its shards, tuned leaves in float32, frozen ones as the model computes."""
 
 from __future__ import annotations
 

@@ -59,9 +59,7 @@ def train_step(
         updates, optimizer = transform.update(grads, state.optimizer, state.tuned)
         tuned = optax.apply_updates(state.tuned, updates)
         finite = jnp.isfinite(norm) & jnp.isfinite(means["loss"].total)
-        tuned, optimizer = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (tuned, optimizer), (state.tuned, state.optimizer)
-        )
+        tuned, optimizer = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (tuned, optimizer), (state.tuned, state.optimizer))
         one_of = lambda x: Mean(jnp.asarray(x, jnp.float32), jnp.float32(1))  # noqa: E731
         tokens = (batch.segments != 0).sum()
         measures = {**means, "grad_norm": one_of(norm), "finite": one_of(finite), "tokens": one_of(tokens)}
@@ -103,5 +101,3 @@ def jit(step: Callable, state: TrainState, batch: Batch):
     """The train step compiled for this state and batch, the state donated and kept where it is."""
     places = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None)).lower(state, batch).compile()
-
-

@@ -1,4 +1,4 @@
-"""A run's directory: config.json, provenance.json, metrics.jsonl, TensorBoard events, checkpoints/, exports/. One run, one process group."""
+"""A run's directory: config.json, provenance.json, metrics.jsonl, tensorboard/, checkpoints/, exports/. It holds one run only."""
 
 from __future__ import annotations
 
@@ -42,14 +42,17 @@ def claim(path: Path, config: Mapping[str, Any]) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.seek(0)
-        raise ValueError(f"{path} is in use by another run (process {lock.read().strip() or 'unknown'}). Choose another --workdir.") from None
+        raise ValueError(
+            f"{path} is in use by another run (process {lock.read().strip() or 'unknown'}). Choose another --workdir."
+        ) from None
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
-    if (path / "config.json").exists():
-        if difference := configs.first_difference(config, read_config(path), FREE):
-            raise ValueError(
-                f"{path} holds another run: {difference}. Choose another --workdir, or remove that one. "
-                f"(Only {', '.join(FREE)} may change when a run goes on.)"
-            )
+    difference = configs.first_difference(config, read_config(path), FREE) if (path / "config.json").exists() else ""
+    if difference:
+        lock.close()
+        raise ValueError(
+            f"{path} holds another run: {difference}. Choose another --workdir, or remove that one. "
+            f"(Only {', '.join(FREE)} may change when a run goes on.)"
+        )
     return lock

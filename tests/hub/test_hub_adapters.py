@@ -1,0 +1,239 @@
+"""PEFT directories, both ways, against peft itself."""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import checkpoints
+from tuning.core import tree
+from tuning.hub import adapters, files
+from tuning.methods.lora import lora
+from tuning.models import decoder, network
+
+peft = pytest.importorskip("peft")
+torch = pytest.importorskip("torch")
+
+SETTINGS = dict(rank=4, alpha=6.0, dropout=0.1)
+
+
+def with_lora(ours, directory, cuts=(), added=(0, 0), **settings):
+    """Our network with LoRA, its parameters all random where a checkpoint says nothing."""
+    config = ours(directory).config
+    outline = network.outline(lambda sites: decoder.construct(config, sites), config.layers)
+    method = lora(outline, **{**SETTINGS, **settings})
+    net = ours(directory, sites=method.sites, cuts=cuts, added=added)
+    rng = np.random.default_rng(3)
+    net.leaves = tree.map_named(lambda _, leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32), net.extra)
+    net.full = tree.merge(net.params, net.leaves)
+    net.method = method
+    return net
+
+
+def peft_logits(base, directory, tokens, rows=None):
+    model = checkpoints.reference(base)
+    if rows:
+        model.resize_token_embeddings(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # peft says only by a warning that it found nothing
+        warnings.simplefilter("ignore", FutureWarning)  # names that transformers renamed
+        model = peft.PeftModel.from_pretrained(model, directory).eval()
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+def assert_same(ours, theirs):
+    assert np.abs(ours - theirs).max() <= 1e-5 * max(1, np.abs(theirs).max())
+
+
+def arguments(net, **more):
+    return dict(layers=net.config.layers, **SETTINGS, **more)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "stabilized", "cuts"),
+    [("llama2", ("all",), True, (2,)), ("qwen2", ("attn/q", "down"), False, ()), ("llama3", ("attn/.*",), False, ())],
+)
+def test_peft_loads_ours_and_gives_our_logits(family, targets, stabilized, cuts, tmp_path, ours, checkpoint_of, ours_of):
+    net = with_lora(ours, checkpoint_of(family), cuts, targets=targets, rank_stabilized=stabilized)
+    adapters.write(tmp_path, net.leaves, net.table, **arguments(net, rank_stabilized=stabilized, base_model="owner/name", revision="main"))
+    tokens = checkpoints.tokens(2, 12)
+    mine = net.logits(tokens, params=net.full)
+    assert_same(mine, peft_logits(checkpoint_of(family), tmp_path, tokens))
+    assert np.abs(mine - ours_of(family).logits(tokens)).max() > 0.01  # the adapter does something
+    assert_same(mine, ours_of(family).logits(tokens, params=whole(net.method.fold(net.full), ours_of(family))))
+
+
+def whole(params, plain):
+    """Parameters of a cut stack as those of the uncut one."""
+    leaves, joined = tree.flatten(params), {}
+    for name, leaf in tree.flatten(plain.network.abstract).items():
+        kind = name.split("/", 2)[2] if name.startswith("blocks/") else None
+        parts = [
+            value for other, value in sorted(leaves.items()) if kind and other.startswith("blocks/") and other.split("/", 2)[2] == kind
+        ]
+        joined[name] = jnp.concatenate(parts) if parts else leaves[name]
+        assert joined[name].shape == leaf.shape
+    return tree.unflatten(joined)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+def test_we_load_what_peft_wrote_and_give_its_logits(family, tmp_path, ours, checkpoint_of):
+    model = checkpoints.reference(checkpoint_of(family))
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "up_proj"], use_rslora=True, task_type="CAUSAL_LM")
+    torch.manual_seed(1)
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    tokens = checkpoints.tokens(2, 12)
+    with torch.no_grad():
+        theirs = model.eval()(torch.tensor(tokens)).logits.numpy()
+    said = adapters.settings(tmp_path, ours(checkpoint_of(family)).table)
+    assert said.pop("layers") == 3 and said.pop("added") == (0, 0)
+    assert said == dict(rank=3, alpha=7.0, dropout=0.0, rank_stabilized=True, targets=("attn/q", "mlp/up"))
+    net = with_lora(ours, checkpoint_of(family), cuts=(1,), **said)
+    leaves = adapters.read(tmp_path, net.extra, net.table)
+    assert_same(net.logits(tokens, params=tree.merge(net.params, leaves)), theirs)
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3"])
+@pytest.mark.parametrize("first", [97, 100])
+def test_rows_of_added_tokens_travel_to_peft_and_back(family, first, tmp_path, ours, checkpoint_of):
+    net = with_lora(ours, checkpoint_of(family), added=(first, 2))
+    assert ("head" in net.leaves) == (family == "llama2")
+    adapters.write(tmp_path, net.leaves, net.table, **arguments(net, added=(first, 2)))
+    tokens = checkpoints.tokens(2, 12)
+    tokens[:, 3], tokens[:, 7] = first, first + 1
+    rows = max(100, first + 2)
+    theirs = peft_logits(checkpoint_of(family), tmp_path, tokens, rows)
+    assert_same(net.logits(tokens, params=net.full), theirs)
+    assert adapters.settings(tmp_path, net.table)["added"] == (first, 2)
+
+
+@pytest.mark.parametrize(("family", "where"), [("llama2", {"embed_tokens": [97, 98], "lm_head": [97, 98]}), ("llama3", [97, 98])])
+def test_rows_that_peft_trained_are_read(family, where, tmp_path, ours, checkpoint_of):
+    model = checkpoints.reference(checkpoint_of(family))
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj"], trainable_token_indices=where, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "delta" in name or "lora_B" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    net = with_lora(ours, checkpoint_of(family), added=(97, 2), targets=("q",))
+    assert adapters.settings(tmp_path, net.table)["added"] == (97, 2)
+    leaves = adapters.read(tmp_path, net.extra, net.table)
+    tokens = checkpoints.tokens(2, 12)
+    tokens[:, 3], tokens[:, 7] = 97, 98
+    with torch.no_grad():
+        theirs = model.eval()(torch.tensor(tokens)).logits.numpy()
+    assert_same(net.logits(tokens, params=tree.merge(net.params, leaves)), theirs)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, ours, checkpoint_of):
+    net = with_lora(ours, checkpoint_of("llama2"), targets=("q", "v"))
+    return net, adapters.write(tmp_path_factory.mktemp("adapter"), net.leaves, net.table, **arguments(net))
+
+
+def altered(written, tmp_path, tensors=lambda values: None, **config):
+    """A copy of the written adapter, with keys and tensors changed."""
+    net, directory = written
+    files.write_json(tmp_path / "adapter_config.json", {**files.read_json(directory / "adapter_config.json"), **config})
+    held = files.Tensors(directory, "adapter_model")
+    values = {name: held.read(name) for name in held}
+    values = tensors(values) or values
+    files.write(tmp_path, values.items(), stem="adapter_model")
+    adapters.settings(tmp_path, net.table)
+    return adapters.read(tmp_path, net.extra, net.table)
+
+
+def test_the_written_files_are_plain_and_exact(written):
+    net, directory = written
+    said = json.loads((directory / "adapter_config.json").read_text())
+    assert said["target_modules"] == ["q_proj", "v_proj"] and said["r"] == 4 and said["lora_alpha"] == 6 and said["lora_dropout"] == 0.1
+    back = tree.flatten(adapters.read(directory, net.extra, net.table))
+    assert all(np.array_equal(back[name], value) for name, value in tree.flatten(net.leaves).items())
+    assert "trainable_token_indices" not in said
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True), ("modules_to_save", ["lm_head"]), ("bias", "all"), ("rank_pattern", {"q_proj": 8}),
+        ("alpha_pattern", {"q_proj": 8}),
+        ("layers_to_transform", [0]), ("lora_bias", True), ("peft_type", "IA3"), ("fan_in_fan_out", True), ("exclude_modules", ["k_proj"]),
+        ("init_lora_weights", "pissa"), ("target_parameters", ["experts"]), ("task_type", "SEQ_CLS"), ("loftq_config", {"bits": 4}),
+        ("layer_replication", [[0, 2]]), ("some_later_key", 0.5), ("r", 0), ("trainable_token_indices", [3, 5]),
+    ],
+)  # fmt: skip
+def test_a_key_that_cannot_be_honoured_is_an_error_that_names_it(key, value, written, tmp_path):
+    with pytest.raises(ValueError, match=key if key != "r" else "r=0"):
+        altered(written, tmp_path, **{key: value})
+
+
+def test_keys_without_effect_are_read_over(written, tmp_path):
+    altered(written, tmp_path, lora_bias=False, exclude_modules=None, peft_version="9", auto_mapping=None, eva_config=None, loftq_config={})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda v: {n: x for n, x in v.items() if "layers.1.self_attn.q_proj.lora_B" not in n},
+            r"missing \(1\): .*layers.1.self_attn.q_proj.lora_B",
+        ),
+        (lambda v: {n.removeprefix("base_model.model."): x for n, x in v.items()}, "no part of a LoRA"),
+        (lambda v: {n.replace("model.model.model.", "model.model."): x for n, x in v.items()}, "not projections of this network"),
+        (lambda v: {n.replace("layers.2", "layers.7"): x for n, x in v.items()}, "has no tensors, and is named by it"),
+        (lambda v: {**v, "base_model.model.lm_head.weight": np.zeros((100, 32), np.float32)}, "no part of a LoRA.*lm_head"),
+        (lambda v: {n.replace("v_proj", "o_proj"): x for n, x in v.items()}, "target_modules"),
+        (lambda v: {n: x.T if "lora_A" in n else x for n, x in v.items()}, r"wrong shape \(6\).*expected \(4, 32\)"),
+        (lambda v: {n: x for n, x in v.items() if "layers.2" not in n}, r"missing \(4\)"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_an_error(change, said, written, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        altered(written, tmp_path, change)
+
+
+@pytest.mark.parametrize("target", [r".*self_attn\.(q|v)_proj", ["self_attn.q_proj", "v_proj"]])
+def test_target_modules_is_read_by_pefts_rule(target, written, tmp_path):
+    altered(written, tmp_path, target_modules=target)
+
+
+def test_all_linear_must_have_all_tensors(written, tmp_path):
+    with pytest.raises(ValueError, match=r"k_proj.*has no tensors"):
+        altered(written, tmp_path, target_modules="all-linear")
+
+
+def test_a_pickle_is_refused(tmp_path, written):
+    files.write_json(tmp_path / "adapter_config.json", files.read_json(written[1] / "adapter_config.json"))
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"adapter_model.bin.*can run code"):
+        adapters.settings(tmp_path, written[0].table)
+
+
+def test_leaves_that_peft_could_not_hold_are_refused(tmp_path, written):
+    net, _ = written
+    with pytest.raises(ValueError, match="all 4 layers"):
+        adapters.write(tmp_path, net.leaves, net.table, layers=4, **SETTINGS)
+    with pytest.raises(ValueError, match="not LoRA's"):
+        odd = tree.unflatten({name.replace("adapter/a", "adapter/scale"): x for name, x in tree.flatten(net.leaves).items()})
+        adapters.write(tmp_path, odd, net.table, layers=3, **SETTINGS)
+    with pytest.raises(ValueError, match="not rank=5"):
+        adapters.write(tmp_path, net.leaves, net.table, layers=3, **{**SETTINGS, "rank": 5})
+
+
+def test_what_is_written_is_read_back(tmp_path, written, monkeypatch):
+    net, _ = written
+    honest = files._write_file
+    monkeypatch.setattr(files, "_write_file", lambda file, tensors: honest(file, {n: x + 1 for n, x in tensors.items()}))
+    with pytest.raises(ValueError, match="differ from what was written"):
+        adapters.write(tmp_path, jax.tree.map(np.asarray, net.leaves), net.table, **arguments(net))

@@ -1,0 +1,145 @@
+"""Batches in a reproducible order: which rows make batch n follows from (seed, n) alone, so that resuming is a matter of setting n.
+
+The rows are shuffled anew in every epoch, and the stream of epochs is cut into batches; a batch may span two epochs. Every process builds
+the rows that its own devices hold, and the order does not depend on how many processes there are.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tuning.core import mesh as meshes
+from tuning.core.types import Batch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+AHEAD = 2  # batches that are made before they are asked for
+
+
+class RowSource(Protocol):
+    """Rows by index: each a Batch of numpy arrays [length]."""
+
+    @property
+    def length(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Batch: ...
+
+
+class Loader:
+    """An endless stream of batches. Iterating goes on from `position()`; one iterator at a time.
+
+    ValueError if batch_size is not a multiple of the pieces that the mesh splits a batch into.
+    """
+
+    def __init__(self, rows: RowSource, *, batch_size: int, seed: int, mesh: Mesh, shuffle: bool = True):
+        _check(rows, batch_size, mesh)
+        self._rows, self._mesh = rows, mesh
+        self._settings = {"batch_size": batch_size, "seed": seed, "rows": len(rows)}
+        self._order = _order(len(rows), seed) if shuffle else lambda place: place % len(rows)
+        self._step = 0
+
+    def indices(self, step: int) -> np.ndarray:
+        """Which rows make a batch; steps count from 0."""
+        size = self._settings["batch_size"]
+        return np.array([self._order(place) for place in range(step * size, (step + 1) * size)])
+
+    def batch(self, step: int) -> Batch:
+        """The global batch of a step: arrays [batch_size, length], sharded over their first axis."""
+        return place(self._rows, self.indices(step), self._mesh)
+
+    def position(self) -> dict[str, int]:
+        """Where the stream is: `step` batches were handed out (what was only prepared does not count); and what that number depends on."""
+        return {"step": self._step, **self._settings}
+
+    def seek(self, position: dict[str, int]) -> None:
+        """Goes to a position, at no cost. ValueError if it belongs to another stream."""
+        for key, mine in self._settings.items():
+            if key in position and int(position[key]) != mine:
+                raise ValueError(
+                    f"The data position was saved with {key}={int(position[key])}, and here {key}={mine}: the stream is another one. "
+                    f"Use the same data and settings, or begin a new run."
+                )
+        self._step = int(position["step"])
+
+    def __iter__(self) -> Generator[Batch]:
+        for step, batch in prefetch(lambda step: (step, self.batch(step)), itertools.count(self._step)):
+            if step != self._step:
+                raise RuntimeError(f"The loader was moved to step {self._step} while it was being read at {step}. Begin a new iterator.")
+            self._step = step + 1
+            yield batch
+
+
+def once(rows: RowSource, *, batch_size: int, mesh: Mesh) -> Iterator[Batch]:
+    """Every row once, in order. The last batch is filled up with rows of weight 0 and segment 0. ValueError as for Loader."""
+    _check(rows, batch_size, mesh)
+    starts = range(0, len(rows), batch_size)
+    return prefetch(lambda start: place(rows, np.arange(start, start + batch_size), mesh), starts)
+
+
+def _check(rows: RowSource, batch_size: int, mesh: Mesh) -> None:
+    pieces = meshes.row_count(mesh)
+    if batch_size < 1 or batch_size % pieces:
+        raise ValueError(f"batch_size={batch_size} must be a multiple of {pieces}, the pieces that the mesh splits a batch into.")
+    if not len(rows):
+        raise ValueError("The data set has no rows.")
+
+
+def _order(count: int, seed: int) -> Callable[[int], int]:
+    """place in the stream of epochs -> row. grain computes each value of a permutation alone, so nothing is stored."""
+    import grain
+
+    # grain counts its seed up at each epoch: with the seeds as they are, epoch 1 of seed 0 would be epoch 0 of seed 1.
+    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    stream = grain.MapDataset.range(count).shuffle(seed=mixed).repeat()
+    return lambda place: int(stream[place])  # pyright: ignore[reportArgumentType]
+
+
+def place(rows: RowSource, indices: Sequence[int] | np.ndarray, mesh: Mesh) -> Batch:
+    """The global batch of these rows; an index past the last row stands for padding. Only the rows of this process's devices are built."""
+    shape = (len(indices), rows.length)
+    sharding = meshes.rows(mesh)
+
+    @functools.cache  # devices that hold the same rows, and the five arrays, share one piece
+    def piece(start: int, stop: int) -> Batch:
+        chosen = [rows[int(i)] if i < len(rows) else _blank(rows.length) for i in indices[start:stop]]
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *chosen)
+
+    def held(name: str, index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index
+        return getattr(piece(*index[0].indices(len(indices))[:2]), name)
+
+    names = (field.name for field in dataclasses.fields(Batch))
+    return Batch(*(jax.make_array_from_callback(shape, sharding, functools.partial(held, name)) for name in names))
+
+
+def _blank(length: int) -> Batch:
+    zeros = np.zeros(length, np.int32)
+    return Batch(zeros, zeros, np.zeros(length, np.float32), zeros, zeros)
+
+
+def prefetch(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """make(item) for each item, in order, AHEAD of them computed early in one thread. What the thread raises is raised at that item's turn.
+
+    Closing the iterator, or losing the last reference to it, ends the thread.
+    """
+    todo = iter(items)
+    thread = concurrent.futures.ThreadPoolExecutor(1, "prefetch")
+    try:
+        ready = collections.deque(thread.submit(make, item) for item in itertools.islice(todo, AHEAD))
+        while ready:
+            result = ready.popleft().result()
+            ready.extend(thread.submit(make, item) for item in itertools.islice(todo, 1))
+            yield result
+    finally:
+        thread.shutdown(wait=True, cancel_futures=True)

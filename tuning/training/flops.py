@@ -1,0 +1,74 @@
+"""Model FLOPs per trained token, counted from the shapes of the leaves, and what a device can do at most.
+
+The rule (Kaplan et al., 2020, arXiv:2001.08361, section 2.1, with attention counted as causal and frozen leaves taken into account):
+a multiply-add is 2 FLOPs; every matrix that multiplies a token is read once forward, once backward for the gradient of its input if
+anything below it learns, and once more for its own gradient if it learns itself. Embedding lookups, norms, softmax and what
+rematerialisation computes again count nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tuning.core import tree
+from tuning.nn.stack import layer_range
+
+MATRIX = r"(^|/)kernel$|adapter/(a|b)$"
+EMBEDDING, HEAD = r"^embed/(table|added)$", r"^head/(kernel|added)$"
+
+# bf16 FLOP/s of one JAX device by its kind, without sparsity, from the vendors' data sheets. Whole names: an unknown variant (a slice of
+# a GPU, another board) has no peak rather than a wrong one.
+PEAKS: Mapping[str, float] = {
+    r"TPU v4": 275e12,
+    r"TPU v5 lite|TPU v5e": 197e12,
+    r"TPU v5|TPU v5p": 459e12,
+    r"TPU v6 lite|TPU v6e": 918e12,
+    r"TPU ?7x": 2307e12 / 2,  # two devices per chip
+    r"NVIDIA H200": 989e12,
+    r"NVIDIA H100 80GB HBM3": 989e12,
+    r"NVIDIA H100 PCIe": 756e12,
+    r"NVIDIA H100 NVL": 835e12,
+    r"NVIDIA A100-(SXM4|PCIE)-(40|80)GB|NVIDIA A100 80GB PCIe": 312e12,
+    r"NVIDIA L40S": 362e12,
+    r"NVIDIA RTX A6000": 154.85e12,
+}
+
+
+def flops_per_token(leaves: Mapping[str, tuple[int, ...]], tuned: Callable[[str], bool], attention_flops: float) -> float:
+    """FLOPs per token of one training step; of a forward pass, if no leaf is tuned.
+
+    leaves           {name: shape} of all parameters, layers stacked on the first axis
+    tuned            whether the leaf of that name learns
+    attention_flops  forward FLOPs per token of the attention scores and their use, in all layers
+
+    Full tuning gives 6 P + 3 A, adapters in every layer 4 P + 6 N + 3 A, with P elements in matrices, N in adapters and A for attention.
+    """
+    layers = max((span[1] for span in map(layer_range, leaves) if span), default=0)
+    lowest = min((_place(name, layers) for name in leaves if tuned(name)), default=layers + 2)
+    head = HEAD if any(tree.matches(HEAD, name) for name in leaves) else EMBEDDING  # tied: the embedding is the head's matrix
+    total = attention_flops * (1 + 2 * (layers - min(max(lowest, 0), layers)) / max(layers, 1))
+    for name, shape in leaves.items():
+        if tree.matches(head, name):
+            through = lowest < layers + 1
+        elif tree.matches(MATRIX, name):
+            through = lowest <= min(_place(name, layers), layers)
+        else:
+            continue
+        total += 2 * math.prod(shape) * (1 + through + tuned(name))
+    return float(total)
+
+
+def _place(name: str, layers: int) -> int:
+    """Where a leaf stands: -1 before the layers, its first layer, `layers` for the norm after them, `layers + 1` for the head."""
+    span = layer_range(name)
+    if span:
+        return span[0]
+    return layers + 1 if name.startswith("head/") else layers if name.startswith("norm/") else -1
+
+
+def peak_flops(device: Any) -> float | None:
+    """bf16 FLOP/s of a jax.Device at its best; None if it is not known, and then there is no utilisation to report."""
+    return next((peak for kind, peak in PEAKS.items() if re.fullmatch(kind, device.device_kind)), None)
