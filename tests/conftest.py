@@ -12,3 +12,13 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A tiny published model with its tokenizer, and data; see tests/runs.py."""
+    from tests import runs
+
+    return runs.make_home(tmp_path_factory.mktemp("home"))

@@ -43,7 +43,7 @@ def test_a_method_starts_exactly_at_the_base(case):
 
 
 def test_some_leaf_learns_and_folding_keeps_the_logits(case):
-    name, method, net, params = case
+    _, method, net, params = case
     learns = {n for n in tree.flatten(params) if method.tuned(n)}
     assert learns
     moved = tree.map_named(lambda n, x: x + 0.05 * jax.random.normal(jax.random.key(len(n)), x.shape) if n in learns else x, params)

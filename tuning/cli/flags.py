@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,26 +68,22 @@ def merge(config: Mapping[str, Any], overrides: Mapping[str, str]) -> Config:
     for key, value in values.items():
         unset = value is None or isinstance(value, parts.Required)
         configs.put(typed, key, config_dict.placeholder(kinds.get(key, str)) if unset else value)
-    holder = flags.FlagValues()
-    argv = ["tuning"] + [f"--config.{key}={value}" for key, value in overrides.items()]
-    defined = config_flags.DEFINE_config_dict("config", ConfigDict(typed), flag_values=holder, lock_config=False)
-    try:
-        _parse(holder, argv)
-    except (flags.Error, TypeError) as error:
-        raise ValueError(f"--config: {error}") from None
-    parsed = defined.value.to_dict()
+    parsed = _parse(typed, ["tuning"] + [f"--config.{key}={value}" for key, value in overrides.items()])
     return configs.override(sections, config, {key: configs.dig(parsed, key) for key in overrides})
 
 
-def _parse(holder: flags.FlagValues, argv: list[str]) -> None:
-    # ml_collections looks for overrides in sys.argv, so for a moment it has to be ours.
-    import sys
-
-    before, sys.argv = sys.argv, argv
+def _parse(typed: Config, argv: list[str]) -> Config:
+    """The config with the overrides in argv, by ml_collections; ValueError for a value of another type than its key's."""
+    holder = flags.FlagValues()
+    before, sys.argv = sys.argv, argv  # where ml_collections looks for overrides when a config is defined
     try:
+        defined = config_flags.DEFINE_config_dict("config", ConfigDict(typed), flag_values=holder, lock_config=False)
         holder(argv)
+    except (flags.Error, TypeError) as error:
+        raise ValueError(f"--config: {error}") from None
     finally:
         sys.argv = before
+    return defined.value.to_dict()
 
 
 def hint(key: str, known: Mapping[str, Any]) -> str:

@@ -33,7 +33,10 @@ def main(argv: list[str]) -> int:
     p = common.parser("train", "Tune a model by a config. The same command goes on with a run that was stopped.", EPILOG)
     p.add_argument("--workdir", metavar="DIR", help="the run's directory; required unless --dry_run")
     p.add_argument("--dry_run", action="store_true", help="check and show everything, stop before compiling")
-    p.add_argument("--distributed", action="store_true", help="one of several processes: calls jax.distributed.initialize() first")
+    p.add_argument("--distributed", action="store_true", help="one of several processes of a TPU pod or Slurm job, which tell jax the rest")
+    p.add_argument("--coordinator", metavar="HOST:PORT", help="one of several processes anywhere else: the address of process 0, and ...")
+    p.add_argument("--processes", type=int, help="... how many there are")
+    p.add_argument("--process", type=int, help="... and which one this is, from 0")
     if "-h" in argv or "--help" in argv:
         p.parse_args(argv)
     from tuning.cli import flags
@@ -44,10 +47,10 @@ def main(argv: list[str]) -> int:
         raise ValueError("train needs --config=FILE.py; configs/ has examples.")
     if not args.dry_run and not args.workdir:
         raise ValueError("train needs --workdir=DIR for what it writes, or --dry_run.")
-    if args.distributed:
+    if args.distributed or args.coordinator:
         import jax
 
-        jax.distributed.initialize()
+        jax.distributed.initialize(args.coordinator, args.processes, args.process)
     config = flags.merge(flags.read(path), overrides)
     if args.dry_run:
         from tuning import build

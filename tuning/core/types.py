@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 
 Tree = Any  # a nested dict whose leaves are arrays (or ShapeDtypeStructs, shardings, ...)
 
@@ -48,7 +47,7 @@ class Mean:
     @property
     def value(self) -> Any:
         """total / weight, or 0 where the weight is 0 (then total is 0 too)."""
-        return self.total / jnp.where(self.weight == 0, 1, self.weight)
+        return self.total / (self.weight + (self.weight == 0))
 
 
 Means = Mapping[str, Mean]

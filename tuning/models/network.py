@@ -57,8 +57,15 @@ class Network:
 
 def build(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     """The network that `make` constructs, without allocating it."""
+    graphs = []
+
+    def leaves():
+        graph, leaves = nnx.split(make(nnx.Rngs(0)), nnx.Param)
+        graphs.append(graph)
+        return leaves
+
     with nnx.use_eager_sharding(False):
-        graph, structure = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))), nnx.Param)
+        structure, (graph,) = jax.eval_shape(leaves), graphs
         axes = nnx.to_pure_dict(
             jax.tree.map(lambda p: p.get_metadata("out_sharding"), structure, is_leaf=lambda x: isinstance(x, nnx.Variable))
         )

@@ -125,6 +125,9 @@ def run(job: Job, state: TrainState, memory: dict[str, Any] | None = None) -> tu
     clock = Clock(job, first)
     if first == 0:
         final |= _evaluate(job, state, 0, memory)
+    elif first >= last and job.evaluate:
+        job.display.say(f"All {last} steps are made; raise train.steps to go on.")
+        final |= _measures(job.evaluate(state))
     step = first
     with Guard() as guard, job.display, contextlib.closing(iter(job.data)) as batches:
         for step in range(first + 1, last + 1):
@@ -166,17 +169,19 @@ def _evaluate(job: Job, state: TrainState, step: int, memory: dict[str, Any]) ->
     if job.evaluate is None:
         return {}
     began = time.monotonic()
-    measures = job.evaluate(state)
-    values = {f"eval/{name}": value for name, value in measures.items()} | {"eval/perplexity": math.exp(min(measures["nll"], 700))}
+    values = _measures(job.evaluate(state))
     better = memory["best"] is None or values["eval/loss"] < memory["best"]
     memory.update(best=values["eval/loss"] if better else memory["best"], worse=0 if better else memory["worse"] + 1)
     job.writer.write(step, values | {"time/eval_seconds": time.monotonic() - began})
     if job.sample:
         job.writer.text(step, "samples", job.sample(state))
-    job.display.say(
-        f"step {step}: eval loss {values['eval/loss']:.4f}, perplexity {values['eval/perplexity']:.2f}, accuracy {values['eval/accuracy']:.1%}"
-    )
+    shown = f"eval loss {values['eval/loss']:.4f}, perplexity {values['eval/perplexity']:.2f}, accuracy {values['eval/accuracy']:.1%}"
+    job.display.say(f"step {step}: {shown}")
     return values
+
+
+def _measures(measures: dict[str, float]) -> dict[str, float]:
+    return {f"eval/{name}": value for name, value in measures.items()} | {"eval/perplexity": math.exp(min(measures["nll"], 700))}
 
 
 class Clock:
@@ -199,9 +204,10 @@ class Clock:
         """FloatingPointError if a step since the last check had a loss or gradient that is not finite."""
         for step, means in self._recent:
             if not np.asarray(means["finite"].total):
+                loss = float(means["loss"].value)
                 raise FloatingPointError(
-                    f"Step {step}: the loss ({float(means['loss'].value)}) or its gradient is not finite. The run stops; its last checkpoint "
-                    "is from before. Lower optimizer.learning_rate, set train.clip_norm, or look at that step's data."
+                    f"Step {step}: the loss ({loss}) or its gradient is not finite. The run stops; its last checkpoint is from before. "
+                    "Lower optimizer.learning_rate, set train.clip_norm, or look at that step's data."
                 )
 
     def read(self) -> dict[str, float]:

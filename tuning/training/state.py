@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -55,4 +56,4 @@ def start(params: Tree, tuned: Callable[[str], bool], transform: optax.GradientT
 
 def at(step: int, where: Mesh) -> jax.Array:
     """A step counter on the mesh."""
-    return jax.make_array_from_callback((), mesh.replicated(where), lambda _: jnp.int32(step))
+    return jax.make_array_from_callback((), mesh.replicated(where), lambda _: np.int32(step))
