@@ -14,7 +14,29 @@ from typing import Any
 from tests import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = "the a red blue small large cat dog bird sees likes hears one two three and then quickly slowly far near".split()
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "small",
+    "large",
+    "cat",
+    "dog",
+    "bird",
+    "sees",
+    "likes",
+    "hears",
+    "one",
+    "two",
+    "three",
+    "and",
+    "then",
+    "quickly",
+    "slowly",
+    "far",
+    "near",
+]
 
 
 def make_home(path: Path) -> Path:
@@ -28,7 +50,9 @@ def make_home(path: Path) -> Path:
             rows.append({"prompt": prompt + " :", "completion": " " + " ".join(reversed(prompt.split()))})
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = tokenizer([json.loads(line)["prompt"] for line in (path / "train.jsonl").open()])
-    checkpoints.tiny("llama2", path / "model", vocab_size=len(words), num_hidden_layers=2, bos_token_id=None, eos_token_id=0, pad_token_id=1)
+    checkpoints.tiny(
+        "llama2", path / "model", vocab_size=len(words), num_hidden_layers=2, bos_token_id=None, eos_token_id=0, pad_token_id=1
+    )
     words.save_pretrained(path / "model")
     return path
 
@@ -81,5 +105,10 @@ def environment(devices: int = 8, **more: str) -> dict[str, str]:
 def start(*args: str, **env: str) -> subprocess.Popen:
     """`python -m tuning ARGS` in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tuning", *args], env=environment(**env), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "tuning", *args],
+        env=environment(**env),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )

@@ -188,16 +188,15 @@ def model(source: Source, method: Method, where: Mesh) -> Model:
 def base_params(m: Model, wanted: Callable[[str], bool], seed: int) -> Tree:
     """The wanted leaves as they are before any tuning: read from the checkpoint or, where there is none, initialised."""
     leaves = tree.flatten(m.layout)
-    inside = {n: x for n, x in leaves.items() if wanted(n) and not ("/adapter/" in n or n in ADDED)}
-    fresh = {n: x for n, x in leaves.items() if wanted(n) and n not in inside}
-    if m.source.directory is None:
-        return state.fresh(m.network.init, tree.unflatten({**inside, **fresh}), seed)
-    born = state.fresh(m.network.init, tree.unflatten({n: x for n, x in fresh.items() if n not in ADDED}), seed)
-    places = {name: leaf.sharding for name, leaf in inside.items()}
-    dtype_of = lambda name: inside[name].dtype  # noqa: E731
-    params = checkpoint.load(m.source.directory, tree.unflatten(inside), tree.unflatten(places), dtype_of, m.source.table)
-    added = {n: _mean_rows(m, params, n) for n in fresh if n in ADDED}
-    return tree.merge(params, born, tree.unflatten(added))
+    published = {n: x for n, x in leaves.items() if m.source.directory and not ("/adapter/" in n or n in ADDED)}
+    made = {n: x for n, x in leaves.items() if wanted(n) and n not in published and (m.source.directory is None or n not in ADDED)}
+    params = state.fresh(m.network.init, tree.unflatten(made), seed)
+    if m.source.directory is not None and any(map(wanted, published)):
+        places, dtypes = ({n: getattr(x, what) for n, x in published.items()} for what in ("sharding", "dtype"))
+        inside = tree.unflatten(published), tree.unflatten(places), dtypes.__getitem__, m.source.table
+        params = tree.merge(params, checkpoint.load(m.source.directory, *inside, wanted))
+    rows = {n: _mean_rows(m, params, n) for n in ADDED if n in leaves and wanted(n) and n not in made}
+    return tree.merge(params, tree.unflatten(rows))
 
 
 def start_params(m: Model, seed: int) -> Tree:

@@ -55,22 +55,18 @@ def write_checkpoint(directory: Path, texts: Sequence[str], *, vocab_size: int =
     words = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
     words.save_pretrained(directory)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **{**SIZES, **sizes}, vocab_size=len(words), tie_word_embeddings=tied, bos_token_id=None, eos_token_id=words.eos_token_id
-    )
+    end = words.convert_tokens_to_ids("<|end|>")
+    config = LlamaConfig(**{**SIZES, **sizes}, vocab_size=len(words), tie_word_embeddings=tied, bos_token_id=None, eos_token_id=end)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
 
 
 def config(checkpoint: Path, data: Path, *, method: str, pack: bool, steps: int, length: int = 256) -> dict[str, Any]:
     """A run as a user writes it. Weight decay, clipping and the schedule are all on."""
+    pairs = dict(name="pairs", prompt="{question}\n", completion="{answer}")
     return dict(
         model=dict(path=str(checkpoint)),
         method=dict(name="lora", rank=8, alpha=16.0) if method == "lora" else dict(name="full"),
-        data=dict(
-            train=dict(
-                path=str(data), length=length, pack=pack, overlong="drop", format=dict(name="pairs", prompt="{question}\n", completion="{answer}")
-            )
-        ),
+        data=dict(train=dict(path=str(data), length=length, pack=pack, overlong="drop", format=pairs)),
         optimizer=dict(
             name="adamw", learning_rate=1e-2 if method == "lora" else 2e-3, b2=0.98, weight_decay=0.1,
             schedule=dict(name="cosine", warmup_steps=min(5, steps // 2)),

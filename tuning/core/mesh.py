@@ -49,7 +49,7 @@ def over(devices: Sequence[Any], **sizes: int) -> Mesh:
     shape = {axis: sizes.get(axis, 1) for axis in AXES}
     free = [axis for axis, size in shape.items() if size == -1]
     fixed = math.prod(size for size in shape.values() if size != -1)
-    wish = {axis: size for axis, size in shape.items() if size != 1}
+    wish = {axis: size for axis, size in shape.items() if size != 1} or {"data": 1}
     if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
         raise ValueError(f"Mesh {wish}: sizes are positive, and at most one of them is -1 (all devices that are left).")
     if len(devices) % fixed or (not free and fixed != len(devices)):

@@ -32,13 +32,21 @@ def read_config(directory: Path) -> dict[str, Any]:
     return files.read_json(directory / "config.json")
 
 
-def load(directory: Path, abstract: Tree, shardings: Tree, dtype_of: Callable[[str], Any], table: Table) -> Tree:
+def load(
+    directory: Path,
+    abstract: Tree,
+    shardings: Tree,
+    dtype_of: Callable[[str], Any],
+    table: Table,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Tree:
     """The parameters of a checkpoint, each leaf read straight into its shards: this process reads only the slices it keeps.
 
     abstract   nested dict of ShapeDtypeStructs (only shapes count), without what no checkpoint has: adapters and the rows of added tokens
     shardings  nested dict with a sharding for each leaf of `abstract`
     dtype_of   the dtype to keep a leaf in, from its name
     table      the family's table of names
+    wanted     whether the leaf of this name is read; all are checked
 
     ValueError that lists all tensors that are missing, unexpected or of another shape.
     """
@@ -48,7 +56,9 @@ def load(directory: Path, abstract: Tree, shardings: Tree, dtype_of: Callable[[s
     tensors = Tensors(directory)
     places = {name: names.place(name, table) for name in want}
     _check(tensors, places, want, table)
-    return tree.unflatten({n: _leaf(tensors, places[n], leaf.shape, where[n], np.dtype(dtype_of(n))) for n, leaf in want.items()})
+    return tree.unflatten(
+        {n: _leaf(tensors, places[n], leaf.shape, where[n], np.dtype(dtype_of(n))) for n, leaf in want.items() if wanted(n)}
+    )
 
 
 def _check(tensors: Tensors, places: Mapping[str, Place], want: Mapping[str, Any], table: Table) -> None:
@@ -158,14 +168,9 @@ def save(
 
 
 def _rows(config: DecoderConfig, leaves: Mapping[str, Any]) -> int:
-    """Rows of the exported embedding. ValueError if added tokens would leave a gap behind the table."""
-    first, count = config.added
-    if ("embed/added" in leaves) != bool(count):
-        raise ValueError(f"config.added={config.added}, but there is {'no' if count else 'a'} leaf embed/added.")
-    if count and first > config.vocab_size:
-        raise ValueError(
-            f"Added tokens begin at id {first}, behind a table of {config.vocab_size} rows: the rows between would be undefined."
-        )
+    """Rows of the exported embedding. ValueError if the rows of added tokens are not where the config says."""
+    if ("embed/added" in leaves) != bool(config.added[1]):
+        raise ValueError(f"config.added={config.added}, but there is {'no' if config.added[1] else 'a'} leaf embed/added.")
     return config.vocabulary
 
 

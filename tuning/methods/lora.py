@@ -14,7 +14,7 @@ from flax import nnx
 from tuning.core import tree
 from tuning.core.types import Tree
 from tuning.methods.method import Method
-from tuning.nn.sites import Outline, Project, Site, Sites
+from tuning.nn.sites import Outline, Project, Site, Sites, matmul
 
 
 class LowRank(nnx.Module):
@@ -32,7 +32,7 @@ class LowRank(nnx.Module):
         if self.dropout and key is not None:
             keep = 1 - self.dropout
             z = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
-        return project(x) + (z @ self.a[...].astype(x.dtype) @ self.b[...].astype(x.dtype)) * self.scale
+        return project(x) + matmul(matmul(z, self.a[...]), self.b[...]) * self.scale
 
 
 def lora(

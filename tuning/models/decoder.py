@@ -22,7 +22,7 @@ from tuning.nn.mlp import ACTIVATIONS, GatedMLP
 from tuning.nn.norm import RMSNorm
 from tuning.nn.rotary import frequencies
 from tuning.nn.sites import Sites
-from tuning.nn.stack import Stack, segments
+from tuning.nn.stack import REMAT, Stack, segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,9 @@ class DecoderConfig:
             raise ValueError(f"A decoder's sizes are positive; {', '.join(low)}.")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}, which share them.")
+        for name, known in (("dtype", ("float32", "bfloat16")), ("precision", ("highest", "default")), ("remat", tuple(REMAT))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"model.{name}={getattr(self, name)!r} is not one of {', '.join(known)}.")
         if self.added[1] and self.added[0] > self.vocab_size:
             raise ValueError(f"added={self.added} leaves a gap behind the {self.vocab_size} rows of the table.")
         if self.activation not in ACTIVATIONS:

@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens, D width, V vocabulary, N added tokens.
 
 from __future__ import annotations
 
-from functools import partial
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -57,27 +57,24 @@ class HeadWeights(nnx.Module):
         self.added = nnx.Param(jnp.zeros((added[1], width)), out_sharding=(None, "embed")) if added[1] else None
 
 
-def logits(first: int, scale: float, precision: str, kernel_DV: jax.Array, added_ND: jax.Array | None, x: jax.Array) -> jax.Array:
+def logits(first: int, precision: str, kernel_DV: jax.Array, added_ND: jax.Array | None, x: jax.Array) -> jax.Array:
     """hidden [..., D] -> logits [..., V] in float32; added tokens take the places from `first` on."""
+    flat = x.reshape(-1, x.shape[-1])
     with jax.default_matmul_precision(precision):
-        base = jnp.einsum("...d,dv->...v", x, kernel_DV.astype(x.dtype), preferred_element_type=jnp.float32)
+        y = jnp.matmul(flat, kernel_DV.astype(x.dtype), preferred_element_type=jnp.float32)
         if added_ND is not None:
-            extra = jnp.einsum("...d,nd->...n", x, added_ND.astype(x.dtype), preferred_element_type=jnp.float32)
-            base = jnp.concatenate([base[..., :first], extra, base[..., first + added_ND.shape[0] :]], axis=-1)
-    return base * scale if scale != 1.0 else base
+            extra = jnp.matmul(flat, added_ND.T.astype(x.dtype), preferred_element_type=jnp.float32)
+            y = jnp.concatenate([y[:, :first], extra, y[:, first + added_ND.shape[0] :]], axis=-1)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def make_head(embedding: Embedding, weights: HeadWeights | None, precision: str) -> jax.tree_util.Partial:
     """The head as a value: a pytree whose leaves are its weights, so that a loss can differentiate with respect to them."""
     kernel_DV = embedding.table[...].T if weights is None else weights.kernel[...]
     added = (embedding if weights is None else weights).added
-    call = partial(logits, embedding.first, 1.0, precision)
-    return jax.tree_util.Partial(_call(call), kernel_DV, None if added is None else added[...])
+    return jax.tree_util.Partial(_logits(embedding.first, precision), kernel_DV, None if added is None else added[...])
 
 
-def _call(call: partial):
-    """One function object per set of static arguments, so that jit recognises a head it has seen."""
-    return _heads.setdefault(call.args, call)
-
-
-_heads: dict[tuple, partial] = {}
+@functools.cache  # one function per setting, so that jit recognises a head that it has seen
+def _logits(first: int, precision: str):
+    return functools.partial(logits, first, precision)

@@ -42,6 +42,15 @@ def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., D] times a kernel [D, F], in x's dtype.
+
+    Written as one product of two matrices: the gradient of a product with more axes sums over several of them, which XLA does on CPU
+    without its fast matmul.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 @dataclasses.dataclass(frozen=True)
 class Project:
     """The projection that a site belongs to: `project(x)` is x W + b; `project.kernel` is W for those who need it."""
@@ -50,7 +59,7 @@ class Project:
     bias: jax.Array | None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel.astype(x.dtype)
+        y = matmul(x, self.kernel)
         return y if self.bias is None else y + along_last(self.bias, y)
 
 

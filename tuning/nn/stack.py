@@ -49,8 +49,6 @@ class Stack(nnx.Module):
     def __init__(
         self, make: Callable[[tuple[int, int], nnx.Rngs], nnx.Module], layers: int, cuts: tuple[int, ...], remat: str, rngs: nnx.Rngs
     ):
-        if remat not in REMAT:
-            raise ValueError(f"remat={remat!r} is not one of {', '.join(REMAT)}.")
         self.remat = remat
         self.ranges = tuple(segments(layers, cuts).items())
         for name, span in self.ranges:
