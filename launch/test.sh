@@ -2,7 +2,7 @@
 # All checks, on CPU and without network: style, types, tests. With arguments, only pytest, with those arguments:
 #
 #   bash launch/test.sh
-#   bash launch/test.sh tests/nn -k rotary
+#   bash launch/test.sh tests/data -k chat
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh test

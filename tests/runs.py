@@ -1,4 +1,4 @@
-"""What tests of whole runs share: a home with a tiny published model and data, configs for it, and runs in processes of their own."""
+"""What tests of whole runs share: a home with a tiny published model and data, configs for it, processes that run them."""
 
 from __future__ import annotations
 
@@ -58,15 +58,16 @@ def make_home(path: Path) -> Path:
 
 
 def tokenizer(texts: list[str]):
+    """A byte-level BPE tokenizer of a few hundred tokens; its end token has the id 0."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     base = Tokenizer(models.BPE())
     base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     base.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special, alphabet = ["<end>", "<pad>"], pre_tokenizers.ByteLevel.alphabet()
     base.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>", "<pad>"], initial_alphabet=alphabet, show_progress=False)
+        texts, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     )
     return PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<end>", pad_token="<pad>")
 

@@ -122,6 +122,14 @@ def test_a_tuned_model_is_exported_whole(home, tmp_path, method):
         ours.export(tmp_path / "peft", format="peft")
 
 
+def test_a_run_without_evaluation_is_loaded_from_its_last_checkpoint(home, tmp_path):
+    config = runs.config(home, train__steps=3)
+    del config["data"]["eval"]
+    final = tuning.train(config, tmp_path / "run")
+    assert "eval/loss" not in final and final["train/loss"] > 0
+    assert tuning.load(tmp_path / "run").logits([[2, 3]]).shape == (1, 2, tuning.load(home / "model").config.vocab_size)
+
+
 def test_training_goes_on_from_a_peft_directory(lora_run, home, tmp_path):
     tuning.load(lora_run).export(tmp_path / "peft", format="peft")
     before = tuning.load(lora_run)

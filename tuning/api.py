@@ -230,7 +230,8 @@ def _load_run(path: Path, dtype: str, where: Mesh, which: str | int) -> LoadedMo
     m = build.model(source, configs.bind(build.SECTIONS, config, "method")(build.outline(source)), where)
     learns, _ = tree.split(m.layout, m.tuned)
     with contextlib.closing(Checkpoints(path / "checkpoints", read_only=True)) as checkpoints:
-        _, tuned, _, _ = checkpoints.restore(which, learns, None)
+        evaluated = checkpoints.best() is not None
+        _, tuned, _, _ = checkpoints.restore("last" if which == "best" and not evaluated else which, learns, None)
     params = tree.merge(tuned, build.base_params(m, lambda name: not m.tuned(name), config["seed"]))
     return LoadedModel(m, jax.tree.map(lambda x: x.astype(dtype), params), stop_ids(source), config["method"])
 

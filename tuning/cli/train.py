@@ -61,5 +61,6 @@ def main(argv: list[str]) -> int:
     from tuning import api
 
     final = api.train(config, args.workdir, argv=[*sys.argv[:2], *argv])
-    print("  ".join(f"{name} {value:.6g}" for name, value in final.items() if not name.startswith(("time/", "memory/"))))
+    if not args.process:
+        print("  ".join(f"{name} {value:.6g}" for name, value in final.items() if not name.startswith(("time/", "memory/"))))
     return 0

@@ -7,6 +7,7 @@ of every file. It is written under a temporary name and renamed when all of it i
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
 import json
@@ -15,7 +16,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,9 +58,10 @@ class Checkpoints:
             save_root_metadata=False,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory, item_handlers={**arrays, "meta": ocp.JsonCheckpointHandler()}, options=options
-        )
+        with _quiet(logging.ERROR if read_only else logging.WARNING):  # reading is announced as three warnings
+            self._manager = ocp.CheckpointManager(
+                self.directory, item_handlers={**arrays, "meta": ocp.JsonCheckpointHandler()}, options=options
+            )
         self._steps = sorted(self._manager.all_steps())
         for step in self._steps:
             self._note(step, _metric(self.directory / str(step)))
@@ -217,6 +219,18 @@ class Checkpoints:
                 (self.directory / str(step)).rename(aside)
         ocp.multihost.sync_global_processes(f"tuning:set_aside:{min(damaged)}")
         self._reload()
+
+
+@contextlib.contextmanager
+def _quiet(level: int) -> Iterator[None]:
+    """Orbax speaks through absl's logger; this lets only what is at least as grave as `level` through."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _named(leaves: Any) -> Tree:

@@ -170,7 +170,7 @@ def _evaluate(job: Job, state: TrainState, step: int, memory: dict[str, Any]) ->
         return {}
     began = time.monotonic()
     values = _measures(job.evaluate(state))
-    better = memory["best"] is None or values["eval/loss"] < memory["best"]
+    better = math.isfinite(values["eval/loss"]) and (memory["best"] is None or values["eval/loss"] < memory["best"])
     memory.update(best=values["eval/loss"] if better else memory["best"], worse=0 if better else memory["worse"] + 1)
     job.writer.write(step, values | {"time/eval_seconds": time.monotonic() - began})
     if job.sample:
