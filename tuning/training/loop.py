@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Generator
 from typing import Any, Protocol
@@ -228,5 +230,7 @@ class Clock:
             values["time/mfu"] = job.flops_per_token * tokens / seconds / job.peak_flops
         stats = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in stats:
-            values["memory/peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+            values["memory/device_peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+        kib = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
+        values["memory/host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib / 2**30
         return values
