@@ -32,7 +32,7 @@ class LowRank(nnx.Module):
         if self.dropout and key is not None:
             keep = 1 - self.dropout
             z = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
-        return project(x) + matmul(matmul(z, self.a[...]), self.b[...]) * self.scale
+        return project(x) + matmul(matmul(z, self.a[...]) * self.scale, self.b[...])
 
 
 def lora(

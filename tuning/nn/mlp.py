@@ -30,5 +30,7 @@ class GatedMLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        gate = ACTIVATIONS[self.activation](self.gate(x, keys.fold(key, "mlp/gate")))
-        return self.down(gate * self.up(x, keys.fold(key, "mlp/up")), keys.fold(key, "mlp/down"))
+        gate, up = self.gate(x, keys.fold(key, "mlp/gate")), self.up(x, keys.fold(key, "mlp/up"))
+        # Made again in the backward pass: cheaper than keeping what lies between.
+        gated = jax.checkpoint(lambda gate, up: ACTIVATIONS[self.activation](gate) * up, prevent_cse=False)
+        return self.down(gated(gate, up), keys.fold(key, "mlp/down"))

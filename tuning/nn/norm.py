@@ -17,6 +17,10 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return along_last(self.scale[...], x) * y.astype(x.dtype)
+        def normed(x, scale):
+            y = x.astype(jnp.float32)
+            y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+            return along_last(scale, x) * y.astype(x.dtype)
+
+        # Made again in the backward pass: cheaper than keeping what lies between.
+        return jax.checkpoint(normed, prevent_cse=False)(x, self.scale[...])
