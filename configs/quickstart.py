@@ -35,7 +35,7 @@ def base() -> ConfigDict:
         eval=dict(path=f"{HOME}/data/eval.jsonl", format=PAIRS),
     )
     config.optimizer = dict(name="adamw", learning_rate=3e-3, b2=0.98, weight_decay=0.1, schedule=dict(name="cosine", warmup_steps=20))
-    config.train = dict(steps=300, batch_size=8)
+    config.train = dict(steps=500, batch_size=4)
     return config
 
 
@@ -47,8 +47,8 @@ def tuned(method: str) -> ConfigDict:
         train=dict(path=f"{HOME}/data/train.jsonl", length=256, format=PAIRS),
         eval=dict(path=f"{HOME}/data/eval.jsonl"),
     )
-    rate = 3e-3 if method == "lora" else 7e-4
+    rate = 5e-3 if method == "lora" else 1e-3
     config.optimizer = dict(name="adamw", learning_rate=rate, schedule=dict(name="cosine", warmup_steps=10))
-    config.train = dict(steps=150, batch_size=8)
-    config.eval = dict(every=50, prompts=("def is_empty(self)\n", "def read_file(path, encoding='utf-8')\n"), max_new_tokens=24)
+    config.train = dict(steps=250, batch_size=4)
+    config.eval = dict(every=125, prompts=("def is_empty(self)\n", "def read_file(path, encoding='utf-8')\n"), max_new_tokens=24)
     return config

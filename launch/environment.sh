@@ -31,7 +31,7 @@ _environment() {
 
     if [ ! "$stamp" -nt "$root/setup.py" ]; then
         echo "Installing tuning${extra:+[$extra]} into .venv; the first time takes minutes ..." >&2
-        pip install --quiet --disable-pip-version-check --editable "$root${extra:+[$extra]}" || return 1
+        pip install -qq --disable-pip-version-check --editable "$root${extra:+[$extra]}" || return 1
         touch "$stamp"
     fi
 }

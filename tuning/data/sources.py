@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -196,6 +197,8 @@ def _options(kind: str, header: list[str], columns: tuple[str, ...], sample_by: 
 def _load(path: Any, split: str, builder: str, **options: Any) -> datasets.Dataset:
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # in a log file each would be a line of its own
     try:
         data = datasets.load_dataset(builder, split=split, **options)
     except Exception as error:  # whatever the parser or the network raises

@@ -51,14 +51,14 @@ class Checkpoints:
         self._saving: int | None = None
         self._metrics: dict[int, float] = {}  # of steps whose metric is finite, pending ones too
         arrays = {item: ocp.PyTreeCheckpointHandler() for item in ("tuned", "optimizer")}
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            save_root_metadata=False,
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
-        )
-        with _quiet(logging.ERROR if read_only else logging.WARNING):  # reading is announced as three warnings
+        with _quiet(logging.ERROR if read_only else logging.WARNING):  # that nothing is written is announced as three warnings
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                save_root_metadata=False,
+                async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_manifest),
+            )
             self._manager = ocp.CheckpointManager(
                 self.directory, item_handlers={**arrays, "meta": ocp.JsonCheckpointHandler()}, options=options
             )
