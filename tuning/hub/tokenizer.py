@@ -25,6 +25,7 @@ def load(path_or_id: str | os.PathLike, revision: str | None = None) -> Any:
 
     tokenizer.json is read as it is; a tokenizer.model alone is converted. ValueError for files of another kind.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch, which nobody here needs
     from transformers import PreTrainedTokenizerFast
 
     directory = files.resolve(path_or_id, revision)
