@@ -90,13 +90,13 @@ def test_a_signal_in_the_same_process_saves_the_step_it_is_in(home, straight, tm
     assert writer.comparable(tmp_path / "run" / "metrics.jsonl") == writer.comparable(straight[0] / "metrics.jsonl")
 
 
-def test_another_config_is_refused_and_more_steps_are_not(home, straight):
-    path, _ = straight
-    with pytest.raises(ValueError, match=r"holds another run: method\.rank: 8 here, 4 there"):
-        tuning.train(runs.config(home, method__rank=8), path)
-    final = tuning.train(runs.config(home), path)
-    assert final["step"] == 6 and final["eval/loss"] == straight[1]["eval/loss"]
-    assert not [line for line in writer.read(path / "metrics.jsonl") if line["step"] > 6]
+def test_a_run_does_not_go_on_with_other_data(home, tmp_path):
+    data = tmp_path / "train.jsonl"
+    data.write_bytes((home / "train.jsonl").read_bytes())
+    tuning.train(runs.config(home, train__steps=3, data__train__path=str(data)), tmp_path / "run")
+    data.write_text(data.read_text().replace("cat", "cow"))
+    with pytest.raises(ValueError, match=r"data\.train has changed since"):
+        tuning.train(runs.config(home, train__steps=3, data__train__path=str(data)), tmp_path / "run")
 
 
 def test_two_processes_in_one_directory_are_refused(home, tmp_path):
@@ -157,3 +157,14 @@ def test_two_processes_train_the_same_run(home, tmp_path):
         for key in b:
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
     assert two[0]["eval/loss"] == pytest.approx(one[0]["eval/loss"], rel=1e-6)
+
+
+def test_another_config_is_refused_and_more_steps_are_not(home, straight):
+    path, _ = straight
+    with pytest.raises(ValueError, match=r"holds another run: method\.rank: 8 here, 4 there"):
+        tuning.train(runs.config(home, method__rank=8), path)
+    final = tuning.train(runs.config(home), path)
+    assert final["step"] == 6 and final["eval/loss"] == straight[1]["eval/loss"]
+    assert not [line for line in writer.read(path / "metrics.jsonl") if line["step"] > 6]
+    tuning.train(runs.config(home, train__steps=8), path)
+    assert [line["step"] for line in writer.read(path / "metrics.jsonl") if "train/loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -175,13 +175,14 @@ def outline(source: Source) -> Outline:
     return networks.outline(functools.partial(decoders.construct, source.config), source.config.layers)
 
 
-def model(source: Source, method: Method, where: Mesh) -> Model:
-    """ValueError if nothing would learn."""
+def model(source: Source, method: Method, where: Mesh, masters: str = "float32") -> Model:
+    """`masters` is the dtype of the leaves that learn; all others have that of the computation. ValueError if nothing would learn."""
     network = networks.build(decoders.construct(source.config, method.sites, method.cuts))
     learns = lambda name: name in ADDED or method.tuned(name)  # noqa: E731
     if not any(map(learns, tree.flatten(network.abstract))):
         raise ValueError("No leaf of the model would learn under this method.")
-    layout = state.layout(network.abstract, network.axes, learns, source.config.dtype, where)
+    dtype_of = lambda name: masters if learns(name) else source.config.dtype  # noqa: E731
+    layout = state.layout(network.abstract, network.axes, dtype_of, where)
     return Model(source, method, network, where, layout)
 
 
@@ -221,7 +222,7 @@ def _mean_rows(m: Model, params: Tree, name: str) -> jax.Array:
 
     def rows(leaf):
         known_VD = (leaf if name == "embed/added" else leaf.T)[:first].astype(jnp.float32)
-        return jnp.broadcast_to(known_VD.mean(0), like.shape)
+        return jnp.broadcast_to(known_VD.mean(0), like.shape).astype(like.dtype)
 
     leaf = params["embed"]["table"] if name == "embed/added" else params["head"]["kernel"]
     return jax.jit(rows, out_shardings=like.sharding)(leaf)

@@ -27,7 +27,7 @@ def run(method="lora", sizes=None, accumulate=1, steps=3, config=tiny.CONFIG, se
     net = tiny.build(config, chosen.sites, chosen.cuts)
     transform = optax.adamw(1e-2)
     with jax.set_mesh(where):
-        layout = state.layout(net.abstract, net.axes, chosen.tuned, "float32", where)
+        layout = state.layout(net.abstract, net.axes, lambda name: "float32", where)
         start = state.start(state.fresh(net.init, layout, 0), chosen.tuned, transform, where)
         before = jax.device_get(start)
         batches = [jax.device_put(tiny.batch(seed=i), meshes.rows(where)) for i in range(steps)]
@@ -122,7 +122,7 @@ def test_the_compiled_step_makes_no_more_dots_than_the_formula(method, settings)
     net = tiny.build(WIDE, chosen.sites, chosen.cuts)
     transform = optax.adamw(1e-3)
     where = meshes.over(jax.devices()[:1], data=1)
-    layout = state.layout(net.abstract, net.axes, chosen.tuned, "float32", where)
+    layout = state.layout(net.abstract, net.axes, lambda name: "float32", where)
     learns, rests = tree.split(layout, chosen.tuned)
     abstract = state.TrainState(jax.ShapeDtypeStruct((), jnp.int32), learns, rests, jax.eval_shape(transform.init, learns))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(4, 64, 512))

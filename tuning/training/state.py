@@ -16,12 +16,12 @@ from tuning.core.types import TrainState, Tree
 from tuning.training import optimizer as optimizers
 
 
-def layout(abstract: Tree, axes: Tree, tuned: Callable[[str], bool], frozen_dtype: Any, where: Mesh) -> Tree:
+def layout(abstract: Tree, axes: Tree, dtype_of: Callable[[str], Any], where: Mesh) -> Tree:
     """Shape, dtype and sharding of every leaf, as ShapeDtypeStructs: what a checkpoint is read into."""
     shardings = mesh.shardings(abstract, axes, where)
 
     def leaf(name, shape, sharding):
-        return jax.ShapeDtypeStruct(shape.shape, jnp.float32 if tuned(name) else jnp.dtype(frozen_dtype), sharding=sharding)
+        return jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype_of(name)), sharding=sharding)
 
     return tree.map_named(leaf, abstract, shardings)
 

@@ -31,6 +31,16 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def check_data(path: Path, digests: Mapping[str, str]) -> None:
+    """ValueError if a data file is not the one that the run in this directory began with."""
+    before = json.loads((path / "provenance.json").read_text())["data"]
+    if changed := [name for name, digest in digests.items() if before.get(name) not in (None, digest)]:
+        raise ValueError(
+            f"data.{changed[0]} has changed since {path} began (its SHA-256 was {before[changed[0]][:12]}, it is "
+            f"{digests[changed[0]][:12]}), so the run cannot go on as the same one. Restore the file, or choose another --workdir."
+        )
+
+
 def claim(path: Path, config: Mapping[str, Any]) -> IO[str]:
     """Makes the directory this run's own; the returned file holds the lock as long as it is open.
 
