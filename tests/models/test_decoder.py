@@ -108,3 +108,18 @@ def test_impossible_sizes_are_refused():
         dataclasses.replace(tiny.CONFIG, kv_heads=3)
     with pytest.raises(ValueError, match="layers=0"):
         DecoderConfig(vocab_size=8, width=8, layers=0, heads=1, kv_heads=1, head_dim=8, hidden=8, max_length=8)
+
+
+@pytest.mark.parametrize("precision", ["highest", "default"])
+def test_every_matmul_has_the_precision_that_the_config_asks_for(precision):
+    net, batch = tiny.build(dataclasses.replace(tiny.CONFIG, precision=precision)), tiny.batch()
+
+    def loss(params):
+        hidden, head, _ = net.apply(params, batch)
+        return head(hidden).sum()
+
+    with jax.default_matmul_precision("default"):
+        text = jax.jit(jax.grad(loss)).lower(tiny.init(net)).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    exact = [line for line in dots if "precision = [HIGHEST, HIGHEST]" in line]
+    assert len(dots) > 20 and len(exact) == (len(dots) if precision == "highest" else 0)

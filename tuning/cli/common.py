@@ -18,7 +18,9 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model", required=True, metavar="RUN|DIR|ID", help="a run's directory, a published checkpoint's folder, or a hub id")
     p.add_argument("--adapter", metavar="DIR", help="a PEFT directory to put on a published model")
     p.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="which of a run's checkpoints (default: best)")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights, computation and exported files (default: float32)")
+    p.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights, computation and exported files (default: float32)"
+    )
 
 
 def load(args: argparse.Namespace):

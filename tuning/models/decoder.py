@@ -96,7 +96,10 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, layers: tuple[int, int], sites: Sites, rngs: nnx.Rngs):
         c = config
-        shape = Shape(c.width, c.heads, c.kv_heads, c.head_dim, c.window, c.attention_bias, c.attention_out_bias, c.qk_norm, c.norm_eps)
+        shape = Shape(
+            width=c.width, heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, window=c.window, bias=c.attention_bias,
+            out_bias=c.attention_out_bias, qk_norm=c.qk_norm, eps=c.norm_eps, precision=c.precision,
+        )  # fmt: skip
         self.attn_norm = RMSNorm(c.width, c.norm_eps)
         self.attn = Attention(shape, layers, sites, rngs)
         self.mlp_norm = RMSNorm(c.width, c.norm_eps)

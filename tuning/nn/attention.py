@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ class Shape:
     out_bias: bool
     qk_norm: bool  # RMSNorm over each head of q and k, before the rotation
     eps: float
+    precision: str  # of float32 matmuls on GPU and TPU, "highest" or "default"
 
 
 class Context:
@@ -58,17 +60,31 @@ class Context:
         return self._masks[window]
 
 
-@jax.custom_vjp
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_B1TS: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_B1TS: jax.Array, precision: str) -> jax.Array:
     """softmax(q k / sqrt(H)) v over what the mask allows, [B, T, N, H]; a query that may see nothing gets 0.
 
     The G = N / K queries that share a key stand under one another, so that every product is a plain batch of matrices. The softmax is
     computed in float32. The backward pass makes the scores again, from each row's logarithm of its sum (Dao et al., 2022,
     arXiv:2205.14135), instead of keeping them: no array [T, S] lives on from the forward pass.
     """
-    return _attend(q_BTNH, k_BSKH, v_BSKH, mask_B1TS)[0]
+    return _attend(q_BTNH, k_BSKH, v_BSKH, mask_B1TS, precision)[0]
 
 
+def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs an attention pass with the matmul precision that is its last argument, also where the caller's setting does not reach:
+    the backward pass is traced after the forward pass has returned."""
+
+    @functools.wraps(function)
+    def run(*args):
+        *arrays, precision = args
+        with jax.default_matmul_precision(precision):
+            return function(*arrays)
+
+    return run
+
+
+@_exactly
 def _attend(q_BTNH, k_BSKH, v_BSKH, mask_B1TS):
     q, k, v = _matrices(q_BTNH, k_BSKH.shape[2]), k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
     scores = _scores(q, k, mask_B1TS)
@@ -80,6 +96,7 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, mask_B1TS):
     return _heads(y, q_BTNH.shape), (q, k, v, mask_B1TS, y, peak + jnp.log(total))
 
 
+@_exactly
 def _attend_backward(kept, dy_BTNH):
     q, k, v, mask_B1TS, y, log_total = kept
     dy = _matrices(dy_BTNH, k.shape[1])
@@ -93,7 +110,7 @@ def _attend_backward(kept, dy_BTNH):
     return _heads(dq, dy_BTNH.shape), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3), None
 
 
-attend.defvjp(_attend, _attend_backward)
+attend.defvjp(_attend, lambda precision, kept, dy_BTNH: _attend_backward(kept, dy_BTNH, precision))
 
 
 def _matrices(x_BTNH: jax.Array, K: int) -> jax.Array:
@@ -142,5 +159,5 @@ class Attention(nnx.Module):
         q, k, v = (mesh.constrain(y, "batch", None, axis, None) for y, axis in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
         if store is not None:
             k, v = store(k, v)
-        y = attend(q, k.astype(q.dtype), v.astype(q.dtype), context.mask(self.shape.window))
+        y: Any = attend(q, k.astype(q.dtype), v.astype(q.dtype), context.mask(self.shape.window), self.shape.precision)
         return self.o(y.reshape(B, T, -1), keys.fold(key, "attn/o"))
