@@ -8,7 +8,11 @@ TPU v5e:16x16, started on every host of the slice:
 
     tuning train --config=configs/llama8b.py:full --config.data.train.path=DATA.jsonl --workdir=runs/8b
 
-Weights are read slice by slice into their shards, so no host holds the model. Not yet run on that hardware by us: no number is promised.
+Weights are read slice by slice into their shards, so no host holds the model. Not yet run on that hardware by us, so no speed is promised;
+the train step was compiled ahead of time for v5e:16x16, one row of 4,096 tokens per device, and takes there, of 16 GiB:
+
+    lora  0.4 GiB of arguments, 5.8 GiB of temporaries
+    full  0.4 GiB of arguments, 10.7 GiB of temporaries
 """
 
 from ml_collections import ConfigDict
