@@ -123,6 +123,7 @@ def decoder(
 
 
 def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a folder or hub id. ValueError if there is none."""
     words = tokenizer.load(files.resolve(path))
     if words is None:
         raise ValueError(f"{path!r} has no tokenizer: a tokenizer.json or a SentencePiece tokenizer.model is needed.")

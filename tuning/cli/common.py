@@ -15,6 +15,7 @@ def parser(verb: str, description: str, epilog: str = "") -> argparse.ArgumentPa
 
 
 def add_model_flags(p: argparse.ArgumentParser) -> None:
+    """The flags that `load` reads."""
     p.add_argument("--model", required=True, metavar="RUN|DIR|ID", help="a run's directory, a published checkpoint's folder, or a hub id")
     p.add_argument("--adapter", metavar="DIR", help="a PEFT directory to put on a published model")
     p.add_argument("--checkpoint", default="best", metavar="best|last|STEP", help="which of a run's checkpoints (default: best)")

@@ -15,6 +15,7 @@ from tuning.training.progress import console
 
 
 def show(parts: build.Parts) -> None:
+    """Prints it all to the terminal."""
     for key, value in configs.flat(configs.plain(parts.config)).items():
         console.print(f"{key} = {value!r}", markup=False)
     console.print(parameters(parts.model))

@@ -78,6 +78,7 @@ def shardings(abstract: Tree, axes: Tree, where: Mesh) -> Tree:
 
 
 def replicated(where: Mesh) -> NamedSharding:
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(where, PartitionSpec())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,7 +79,3 @@ def outline(make: Callable[[Sites], Callable[[nnx.Rngs], nnx.Module]], layers: i
     offered: list[Site] = []
     network = build(make(Sites(weight=lambda site, rngs: offered.append(site))))
     return Outline(layers, tuple(dict.fromkeys(offered)), tuple(tree.flatten(network.abstract)))
-
-
-def cast(params: Mapping[str, Any], dtype: Any) -> Tree:
-    return jax.tree.map(lambda x: x.astype(dtype), params)

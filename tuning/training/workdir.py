@@ -21,6 +21,7 @@ def is_run(path: Path) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """The resolved config of the run in this directory."""
     return json.loads((path / "config.json").read_text())
 
 
