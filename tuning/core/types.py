@@ -1,6 +1,6 @@
 """The values that pass between the rooms: batches, measures, train states.
 
-Shapes: B sequences, T tokens per sequence, D model width, V vocabulary.
+Shapes: B sequences, T tokens per sequence, S tokens of an encoder's sequence, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,14 +16,26 @@ Tree = Any  # a nested dict whose leaves are arrays (or ShapeDtypeStructs, shard
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the encoder of an encoder-decoder reads, all int32 [B, S]; tokens, segments and positions as in Batch."""
+
+    tokens: Any
+    segments: Any
+    positions: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Batch:
     """Token rows, all arrays [B, T]; global arrays are sharded over their first axis.
 
     tokens     int32, what the model reads
-    targets    int32, what it should say at each position (the token that follows)
+    targets    int32, what it should say at each position (the token that follows, or a class)
     weights    float32, how much each target counts; 0 where nothing is learned
     segments   int32, the example a position belongs to, from 1; 0 is padding. Attention stays inside a segment
     positions  int32, the position inside the segment, from 0
+    types      int32, which of two texts a token belongs to (BERT's token types); None means the first everywhere
+    inputs     of an encoder-decoder, whose decoder reads `tokens`: what stands in the encoder, segment for segment; None elsewhere
     """
 
     tokens: Any
@@ -31,6 +43,8 @@ class Batch:
     weights: Any
     segments: Any
     positions: Any
+    types: Any = None
+    inputs: Inputs | None = None
 
 
 @jax.tree_util.register_dataclass

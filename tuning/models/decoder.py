@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tuning.core import keys, mesh
+from tuning.core.types import Batch
 from tuning.nn import cache as caches
 from tuning.nn.attention import Attention, Context, Shape
 from tuning.nn.linear import Embedding, HeadWeights, make_head
@@ -118,16 +119,16 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(c.width, c.norm_eps)
         self.head = None if c.tied else HeadWeights(c.width, c.vocab_size, rngs, added=c.added)
 
-    def __call__(self, tokens_BT, positions_BT, segments_BT, cache: caches.Cache | None, key: jax.Array | None):
+    def __call__(self, batch: Batch, cache: caches.Cache | None, key: jax.Array | None):
         """(hidden_BTD, head, {}, cache); attention stays inside a segment, and segment 0 is padding."""
-        c = self.config
+        c, positions_BT, segments_BT = self.config, batch.positions, batch.segments
         with jax.default_matmul_precision(c.precision):
             if cache is not None:
                 cache = cache.extend(segments_BT, positions_BT)
             seen = (positions_BT, segments_BT) if cache is None else (cache.positions, cache.segments)
             context = Context(positions_BT, segments_BT, frequencies(c.head_dim, c.rope_theta, c.rope_scaling), *seen)
             context.prepare(c.window)
-            x_BTD = mesh.constrain(self.embed(tokens_BT, jnp.dtype(c.dtype)), "batch", None, None)
+            x_BTD = mesh.constrain(self.embed(batch.tokens, jnp.dtype(c.dtype)), "batch", None, None)
             x_BTD, cache = self.blocks(x_BTD, context, keys.fold(key, "blocks"), cache)
             return self.norm(x_BTD), make_head(self.embed, self.head, c.precision), {}, cache
 

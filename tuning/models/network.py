@@ -37,12 +37,13 @@ class Network:
 
     def apply(self, params: Tree, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Head, dict[str, Mean]]:
         """hidden_BTD, the head and the model's own measures. `key` turns on dropout."""
-        hidden, head, aux, _ = self._call(params, batch.tokens, batch.positions, batch.segments, None, key)
+        hidden, head, aux, _ = self._call(params, batch, None, key)
         return hidden, head, aux
 
     def extend(self, params: Tree, tokens_BT, positions_BT, segments_BT, cache: Cache) -> tuple[jax.Array, Head, Cache]:
         """The same for tokens that follow those in the cache; returns the cache with them."""
-        hidden, head, _, cache = self._call(params, tokens_BT, positions_BT, segments_BT, cache, None)
+        batch = Batch(tokens_BT, None, None, segments_BT, positions_BT)
+        hidden, head, _, cache = self._call(params, batch, cache, None)
         return hidden, head, cache
 
     def _call(self, params: Tree, *inputs):
