@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import checkpoints
+from tests import words as words_of
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = [
@@ -49,27 +50,12 @@ def make_home(path: Path) -> Path:
             prompt = sentence(rng.randint(3, 8))
             rows.append({"prompt": prompt + " :", "completion": " " + " ".join(reversed(prompt.split()))})
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = tokenizer([json.loads(line)["prompt"] for line in (path / "train.jsonl").open()])
+    words = words_of.gpt([json.loads(line)["prompt"] for line in (path / "train.jsonl").open()])
     checkpoints.tiny(
         "llama2", path / "model", vocab_size=len(words), num_hidden_layers=2, bos_token_id=None, eos_token_id=0, pad_token_id=1
     )
     words.save_pretrained(path / "model")
     return path
-
-
-def tokenizer(texts: list[str]):
-    """A byte-level BPE tokenizer of a few hundred tokens; its end token has the id 0."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    base = Tokenizer(models.BPE())
-    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    base.decoder = decoders.ByteLevel()
-    special, alphabet = ["<end>", "<pad>"], pre_tokenizers.ByteLevel.alphabet()
-    base.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<end>", pad_token="<pad>")
 
 
 def config(home: Path, **changes: Any) -> dict[str, Any]:

@@ -6,22 +6,22 @@ import jax
 import numpy as np
 
 from tuning.core.types import Batch
-from tuning.models import decoder, network
-from tuning.models.decoder import DecoderConfig
+from tuning.models import network
+from tuning.models.transformer import TransformerConfig
 from tuning.nn.sites import NOTHING
 
-CONFIG = DecoderConfig(vocab_size=67, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, hidden=48, max_length=64)
+CONFIG = TransformerConfig(vocab_size=67, width=32, layers=4, heads=4, kv_heads=2, head_dim=8, hidden=48, max_length=64)
 
 
 # Cached, so that one network is compiled once for all tests of a process.
 @functools.cache
 def build(config=CONFIG, sites=NOTHING, cuts=()):
-    return network.build(decoder.construct(config, sites, cuts))
+    return network.build(config.construct(sites, cuts))
 
 
 @functools.cache
 def outline(config=CONFIG):
-    return network.outline(lambda sites: decoder.construct(config, sites), config.layers)
+    return network.outline(config.construct, config.layers)
 
 
 @functools.cache

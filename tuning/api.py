@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tuning import build
@@ -74,7 +73,7 @@ def _run(parts: build.Parts, path: Path, first: bool, argv: Sequence[str]) -> di
             accumulate=parts.settings.accumulate, clip_norm=parts.settings.clip_norm, seed=seed,
         ),
         start,
-        abstract_batch(parts),
+        loader.abstract(parts.train, parts.settings.batch_size, m.mesh),
     )  # fmt: skip
     display.say(f"Weights ready in {loaded - began:.1f} s, train step compiled in {time.monotonic() - loaded:.1f} s.")
     display = Display(path.name, parts.settings.steps, int(start.step), first)
@@ -99,13 +98,6 @@ def restore(parts: build.Parts, checkpoints: Checkpoints, which: str | int = "la
     at, tuned, optimizer, meta = checkpoints.restore(which, learns, optimizer)
     frozen = build.base_params(m, lambda name: not m.tuned(name), parts.config["seed"])
     return TrainState(state.at(at, m.mesh), tuned, frozen, optimizer), meta
-
-
-def abstract_batch(parts: build.Parts) -> Batch:
-    """The real shape of a training batch."""
-    shape, place = (parts.settings.batch_size, parts.train.length), meshes.rows(parts.model.mesh)
-    ints = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-    return Batch(ints, ints, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place), ints, ints)
 
 
 def evaluator(parts: build.Parts):
@@ -179,7 +171,8 @@ def evaluate(model: LoadedModel, config: Mapping[str, Any], split: str = "eval",
     """The measures of the config's objective on its data.eval or data.train, each row read once: loss, nll, perplexity, accuracy."""
     c = build.resolve(config)
     bind = functools.partial(configs.bind, build.SECTIONS, c)
-    rows = bind(f"data.{split}")(model.tokenizer, bind(f"data.{split}.format")())
+    build.check_objective(model.model.source, c["objective"]["name"])
+    rows = bind(f"data.{split}")(model.model.source.reader, bind(f"data.{split}.format")())
     compiled = jax.jit(step.eval_step(model.model.network.apply, bind("objective")()))
     with jax.set_mesh(model.model.mesh):
         measures = step.evaluate(compiled, model.params, loader.once(rows, batch_size=batch_size, mesh=model.model.mesh))

@@ -19,14 +19,16 @@ from tuning.core.config import Config, Section
 from tuning.core.types import Loss, Tree
 from tuning.data.dataset import Rows, dataset
 from tuning.data.formats import FORMATS
+from tuning.data.reader import Reader
 from tuning.hub import adapters, checkpoint, families, files, tokenizer
+from tuning.hub.family import Config as Architecture
 from tuning.hub.names import Table
 from tuning.methods import METHODS
 from tuning.methods.method import Method
-from tuning.models import decoder as decoders
 from tuning.models import network as networks
-from tuning.models.decoder import DecoderConfig
 from tuning.models.network import Network
+from tuning.models.transformer import TransformerConfig
+from tuning.nn.block import Kind
 from tuning.nn.sites import Outline
 from tuning.objectives import OBJECTIVES
 from tuning.training import loop, state
@@ -41,23 +43,36 @@ class Source:
 
     config     its architecture, and how it computes
     directory  the published checkpoint, or None for a fresh model
-    published  that checkpoint's config.json, or None
+    published  that checkpoint's config.json, with the head that was asked for; or None
     adapter    a PEFT directory to start the method from, or None
     path       what the user wrote, for records
+    fresh      the leaves of a head that the checkpoint does not have: they learn under every method
     """
 
-    config: DecoderConfig
+    config: Architecture
     tokenizer: Any
     directory: Path | None = None
     published: dict[str, Any] | None = None
     adapter: Path | None = None
     path: str = ""
     revision: str | None = None
+    fresh: frozenset[str] = frozenset()
 
     @property
     def table(self) -> Table:
         """Where the leaves stand in published checkpoints."""
-        return (families.family(self.published) if self.published else families.FAMILIES[families.choose(self.config)]).table
+        return families.table(self.published or families.config_to(self.config))
+
+    @property
+    def reader(self) -> Reader:
+        """How examples are laid out for this model. ValueError if it has no tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError(f"{self.path!r} has no tokenizer files, and training reads text. Add tokenizer.json or tokenizer.model there.")
+        head = self.config.head
+        return Reader(
+            self.tokenizer, kind=self.config.reads, classes=head.classes, per_token=bool(head.classes) and not head.pool,
+            pool="last" if head.pool == "last" else "first", start=getattr(self.config, "start", None),
+        )  # fmt: skip
 
 
 def pretrained(
@@ -65,7 +80,10 @@ def pretrained(
     path: str,
     revision: str | None = None,
     adapter: str | None = None,
+    head: str = "",
+    classes: tuple[str, ...] = (),
     added_tokens: tuple[str, ...] = (),
+    dropout: float | None = None,
     dtype: str = "float32",
     precision: str = "highest",
     remat: str = "none",
@@ -73,7 +91,13 @@ def pretrained(
     """A published model: a local folder, or a hub id.
 
     adapter       a PEFT directory whose values the method starts from (its rank, alpha and targets must be those of the method)
+    head          what to put on top in place of the checkpoint's own: language_model, masked_language_model, sequence_classification,
+                  token_classification, question_answering or none; "" keeps it. What the checkpoint has no weights for starts at random
+                  and learns under every method
+    classes       the names of a classifier's classes
     added_tokens  new tokens; their embedding rows start at the mean of the others and learn under every method
+    dropout       while training, of the embedding, of what each sublayer adds, inside feed-forward layers and of attention shares; None
+                  keeps the checkpoint's own
     dtype         of the computation and of frozen weights; tuned leaves and optimiser state are float32
     precision     of float32 matmuls on GPU and TPU: "highest" is exact, "default" is faster
     remat         what the backward pass keeps: "none" (everything), "dots" (matmul results), "full" (each layer's input)
@@ -81,7 +105,13 @@ def pretrained(
     directory = files.resolve(path, revision)
     published = checkpoint.read_config(directory)
     words = tokenizer.load(directory)
+    fresh: frozenset[str] = frozenset()
+    if head or classes:
+        published = families.with_head(published, head, classes)
+        there = checkpoint.opened(directory, published)
+        fresh = frozenset(row.leaf for row in families.form(published).table if row.tensor not in there)
     config = families.config_from(published)
+    fresh -= {"head/kernel"} if config.tied and config.head.output == "vocabulary" else frozenset()
     if added_tokens:
         if words is None:
             raise ValueError(f"model.added_tokens={added_tokens}, but {directory} has no tokenizer to add them to.")
@@ -89,9 +119,11 @@ def pretrained(
         count = words.add_tokens(list(added_tokens), special_tokens=True)
         if count != len(added_tokens):
             raise ValueError(f"model.added_tokens={added_tokens}: {len(added_tokens) - count} of them are tokens already.")
-        config = dataclasses.replace(config, added=(first, count))
-    config = dataclasses.replace(config, dtype=dtype, precision=precision, remat=remat)
-    return Source(config, words, directory, published, files.resolve(adapter) if adapter else None, path, revision)
+        config = config.replace(added=(first, count))
+    config = config.replace(dtype=dtype, precision=precision, remat=remat)
+    if dropout is not None:
+        config = config.replace(dropout=dropout, attention_dropout=dropout, mlp_dropout=dropout)
+    return Source(config, words, directory, published, files.resolve(adapter) if adapter else None, path, revision, fresh)
 
 
 def decoder(
@@ -112,11 +144,11 @@ def decoder(
     precision: str = "highest",
     remat: str = "none",
 ) -> Source:
-    """A fresh Llama-shaped model over the vocabulary of a tokenizer (a folder or hub id); see DecoderConfig for the keys."""
+    """A fresh Llama-shaped model over the vocabulary of a tokenizer (a folder or hub id); see TransformerConfig for the keys."""
     words = load_tokenizer(tokenizer)
-    config = DecoderConfig(
+    config = TransformerConfig(
         vocab_size=len(words), width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden,
-        max_length=max_length, rope_theta=rope_theta, window=window, tied=tied, qk_norm=qk_norm,
+        max_length=max_length, rope_theta=rope_theta, kinds=(Kind(window=window),) * layers, tied=tied, qk_norm="head" if qk_norm else "",
         dtype=dtype, precision=precision, remat=remat,
     )  # fmt: skip
     return Source(config, words, path=tokenizer)
@@ -165,7 +197,7 @@ class Model:
     layout: Tree
 
     def tuned(self, name: str) -> bool:
-        return name in ADDED or self.method.tuned(name)
+        return learns(self.source, self.method, name)
 
     def empty_cache(self, batch: int, slots: int):
         return self.source.config.empty_cache(batch, slots, self.method.cuts)
@@ -173,16 +205,21 @@ class Model:
 
 def outline(source: Source) -> Outline:
     """What a method may choose from in this model."""
-    return networks.outline(functools.partial(decoders.construct, source.config), source.config.layers)
+    return networks.outline(source.config.construct, source.config.layers)
+
+
+def learns(source: Source, method: Method, name: str) -> bool:
+    """Whether a leaf is tuned: because the method says so, or because it is new and means nothing yet."""
+    return name in ADDED or name in source.fresh or method.tuned(name)
 
 
 def model(source: Source, method: Method, where: Mesh, masters: str = "float32") -> Model:
     """`masters` is the dtype of the leaves that learn; all others have that of the computation. ValueError if nothing would learn."""
-    network = networks.build(decoders.construct(source.config, method.sites, method.cuts))
-    learns = lambda name: name in ADDED or method.tuned(name)  # noqa: E731
-    if not any(map(learns, tree.flatten(network.abstract))):
+    network = networks.build(source.config.construct(method.sites, method.cuts))
+    tuned = functools.partial(learns, source, method)
+    if not any(map(tuned, tree.flatten(network.abstract))):
         raise ValueError("No leaf of the model would learn under this method.")
-    dtype_of = lambda name: masters if learns(name) else source.config.dtype  # noqa: E731
+    dtype_of = lambda name: masters if tuned(name) else source.config.dtype  # noqa: E731
     layout = state.layout(network.abstract, network.axes, dtype_of, where)
     return Model(source, method, network, where, layout)
 
@@ -190,12 +227,13 @@ def model(source: Source, method: Method, where: Mesh, masters: str = "float32")
 def base_params(m: Model, wanted: Callable[[str], bool], seed: int) -> Tree:
     """The wanted leaves as they are before any tuning: read from the checkpoint or, where there is none, initialised."""
     leaves = tree.flatten(m.layout)
-    published = {n: x for n, x in leaves.items() if m.source.directory and not ("/adapter/" in n or n in ADDED)}
+    new = {*ADDED, *m.source.fresh}
+    published = {n: x for n, x in leaves.items() if m.source.directory and not ("/adapter/" in n or n in new)}
     made = {n: x for n, x in leaves.items() if wanted(n) and n not in published and (m.source.directory is None or n not in ADDED)}
     params = state.fresh(m.network.init, tree.unflatten(made), seed)
     if m.source.directory is not None and any(map(wanted, published)):
         places, dtypes = ({n: getattr(x, what) for n, x in published.items()} for what in ("sharding", "dtype"))
-        inside = tree.unflatten(published), tree.unflatten(places), dtypes.__getitem__, m.source.table
+        inside = tree.unflatten(published), tree.unflatten(places), dtypes.__getitem__, m.source.published
         params = tree.merge(params, checkpoint.load(m.source.directory, *inside, wanted))
     rows = {n: _mean_rows(m, params, n) for n in ADDED if n in leaves and wanted(n) and n not in made}
     return tree.merge(params, tree.unflatten(rows))
@@ -253,25 +291,34 @@ def parts(config: Mapping[str, Any]) -> Parts:
     where = bind("mesh")()
     loss = bind("objective")()
     source = bind("model")()
+    check_objective(source, c["objective"]["name"])
     chosen = bind("method")(outline(source))
     built = model(source, chosen, where)
     if source.adapter is not None:
         _check_adapter(source, source.adapter, c["method"])
-    if source.tokenizer is None:
-        raise ValueError(f"{source.path!r} has no tokenizer files, and training reads text. Add tokenizer.json or tokenizer.model there.")
     rows = meshes.row_count(where)
     pieces = {"train.batch_size / train.accumulate": settings.batch_size // settings.accumulate, "eval.batch_size": evaluation.batch_size}
     for name, size in pieces.items():
         if size % rows:
             raise ValueError(f"{name}={size} must be a multiple of {rows}, the pieces that the mesh splits a batch into.")
-    train = bind("data.train")(source.tokenizer, bind("data.train.format")())
-    held_out = bind("data.eval")(source.tokenizer, bind("data.eval.format")()) if given(c["data"]["eval"]["path"]) else None
+    train = bind("data.train")(source.reader, bind("data.train.format")())
+    held_out = bind("data.eval")(source.reader, bind("data.eval.format")()) if given(c["data"]["eval"]["path"]) else None
     for name, data in (("data.train", train), ("data.eval", held_out)):
         if data is not None and data.length > source.config.max_length:
             raise ValueError(
                 f"{name}.length={data.length} is more than the {source.config.max_length} positions that the model was made for."
             )
     return Parts(c, built, loss, optimizer, train, held_out, settings, evaluation, keep)
+
+
+def check_objective(source: Source, name: str) -> None:
+    """ValueError if the objective is not for the model's head."""
+    output = source.config.head.output
+    if output not in ("vocabulary", "classes"):
+        raise ValueError(f"A head over {output} has nothing to lower. Set model.head to another one.")
+    wanted = {"vocabulary": "next_token", "classes": "labels"}[output]
+    if name != wanted:
+        raise ValueError(f"objective.name={name!r} is not for a head over {output}. Set --config.objective.name={wanted}, or model.head.")
 
 
 def given(value: Any) -> bool:

@@ -12,16 +12,20 @@ import numpy as np
 
 from tuning import build
 from tuning.core import tree
-from tuning.core.types import Batch, Tree
-from tuning.hub import adapters, checkpoint, files, tokenizer
-from tuning.nn.stack import layer_range
+from tuning.core.types import Batch, Inputs, Tree
+from tuning.hub import adapters, card, checkpoint, families, files, tokenizer
+from tuning.nn import stack
+from tuning.training import workdir, writer
 
 # Largest difference of a logit, relative to the largest logit, that rounding explains.
 FOLD_BOUND = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
-def write(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path, format: str, merge: bool) -> Path:
-    """Writes `directory`; `method` is the config of the method that tuned the model.
+def write(
+    m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path, format: str, merge: bool, run: Path | None = None,
+    step: int | None = None,
+) -> Path:  # fmt: skip
+    """Writes `directory`, with a model card; `method` is the config of the method that tuned the model, at `step` of the `run`.
 
     ValueError where the format cannot hold the model, or where merging changes its outputs.
     """
@@ -29,11 +33,30 @@ def write(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Pa
         raise ValueError(f"--format={format!r} is not one of hf, peft.")
     if format == "peft" and method["name"] != "lora":
         raise ValueError(f"--format=peft writes an adapter, and this model was tuned by {method['name']!r}. Use --format=hf.")
+    if format == "peft" and m.source.fresh:
+        raise ValueError(f"--format=peft holds no new head yet ({', '.join(sorted(m.source.fresh))}). Use --format=hf --merge.")
     if format == "hf" and not merge and any("/adapter/" in name for name in tree.flatten(params)):
         raise ValueError("--format=hf holds no adapter: add --merge to fold it into the weights, or use --format=peft.")
     directory.mkdir(parents=True, exist_ok=True)
     (_peft if format == "peft" else _hf)(m, params, method, directory)
+    if jax.process_index() == 0:
+        (directory / "README.md").write_text(_card(m, method, format, run, step), encoding="utf-8")
     return directory
+
+
+def _card(m: build.Model, method: Mapping[str, Any], format: str, run: Path | None, step: int | None) -> str:
+    source, tuned = m.source, tree.split(m.layout, m.tuned)[0]
+    config: dict[str, Any] = {"model": {"name": "pretrained", "path": source.path, "dtype": source.config.dtype}, "method": dict(method)}
+    provenance, metrics = {}, []
+    if run is not None:
+        config, provenance = workdir.read_config(run), files.read_json(run / "provenance.json")
+        metrics = writer.read(run / "metrics.jsonl")
+    known = dict(
+        adapter=format == "peft", model_class=(families.config_to(source.config, source.published)["architectures"])[0],
+        license=card.license_of(source.directory), trainable=tree.size(tuned) if run else None, parameters=tree.size(m.layout),
+        embedding_rows=sum(source.config.added) or None,
+    )  # fmt: skip
+    return card.card(card.from_run(config, provenance, metrics, step, **known))
 
 
 def _peft(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path) -> None:
@@ -50,7 +73,7 @@ def _peft(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Pa
 def _hf(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path) -> None:
     source = m.source
     plain = build.model(source, build.METHODS["full"](build.outline(source)), m.mesh)
-    folded = join(jax.jit(m.method.fold)(params), source.config.layers)
+    folded = restack(jax.jit(m.method.fold)(params), plain.layout)
     _compare(m, params, plain, folded)
     there = source.directory / "generation_config.json" if source.directory else None
     checkpoint.save(
@@ -59,13 +82,22 @@ def _hf(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path
     )  # fmt: skip
 
 
-def join(params: Tree, layers: int) -> Tree:
-    """The parameters with the segments of a stack that a method had cut joined again."""
-    pieces: dict[str, list] = {}
-    for name, leaf in sorted(tree.flatten(params).items(), key=lambda item: layer_range(item[0]) or (0, 0)):
-        place = name.split("/", 2)
-        pieces.setdefault(f"blocks/0-{layers - 1}/{place[2]}" if layer_range(name) else name, []).append(leaf)
-    return tree.unflatten({n: leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves) for n, leaves in pieces.items()})
+def restack(params: Tree, like: Tree) -> Tree:
+    """The parameters in the stacks of `like`, where a method had cut them otherwise."""
+    have, want = tree.flatten(params), tree.flatten(like)
+    layers: dict[tuple[str, int], tuple[str, int]] = {}  # (leaf without its layers, layer) -> where it stands
+    for name in have:
+        kind, span = stack.apart(name)
+        layers |= {(kind, layer): (name, row) for row, layer in enumerate(span or ())}
+
+    def one(name: str):
+        kind, span = stack.apart(name)
+        if name in have or span is None:
+            return have[name]
+        places = [layers[kind, layer] for layer in span]
+        return jnp.stack([have[leaf][row] for leaf, row in places])
+
+    return tree.unflatten({name: one(name) for name in want})
 
 
 def _compare(m: build.Model, params: Tree, plain: build.Model, folded: Tree) -> None:
@@ -73,7 +105,9 @@ def _compare(m: build.Model, params: Tree, plain: build.Model, folded: Tree) -> 
     config = m.source.config
     ids = np.random.default_rng(0).integers(0, config.vocabulary, (1, min(32, config.max_length))).astype(np.int32)
     ones = np.ones_like(ids)
-    batch = Batch(ids, ids, ones, ones, ones.cumsum(1, dtype=np.int32) - 1)
+    positions = ones.cumsum(1, dtype=np.int32) - 1
+    inputs = Inputs(ids, ones, positions) if config.reads == "encoder_decoder" else None
+    batch = Batch(ids, ids, ones, ones, positions, None, inputs)
 
     def logits(network, params):
         hidden, head, _ = network.apply(params, batch)

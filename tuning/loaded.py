@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from tuning import build, export
 from tuning.core import config as configs
 from tuning.core import mesh as meshes
 from tuning.core import tree
-from tuning.core.types import Batch, Tree
+from tuning.core.types import Batch, Inputs, Tree
+from tuning.data.frame import frame
 from tuning.decode.generate import generate
-from tuning.hub import adapters, files, tokenizer
+from tuning.hub import adapters, files, sentences, tokenizer
 from tuning.methods import METHODS
-from tuning.models.decoder import DecoderConfig
 from tuning.objectives.tokens import token_nll
 from tuning.training import workdir
 from tuning.training.checkpoint import Checkpoints
+
+
+log = logging.getLogger(__name__)
 
 
 def stop_ids(source: build.Source) -> tuple[int, ...]:
@@ -62,7 +66,7 @@ def load(
         else:
             directory = files.resolve(adapter)
             found = adapters.settings(directory, source.table)
-            source = dataclasses.replace(source, config=dataclasses.replace(source.config, added=found.pop("added")))
+            source = dataclasses.replace(source, config=source.config.replace(added=found.pop("added")))
             del found["layers"]  # an adapter that covers some layers only is refused when it is read
             m = build.model(source, METHODS["lora"](build.outline(source), **found), where, masters=dtype)
             params = build.with_adapter(m, build.base_params(m, lambda name: True, 0), directory)
@@ -77,26 +81,29 @@ def _load_run(path: Path, dtype: str, where: Mesh, which: str | int) -> LoadedMo
     learns, _ = tree.split(m.layout, m.tuned)
     with contextlib.closing(Checkpoints(path / "checkpoints", read_only=True)) as checkpoints:
         evaluated = checkpoints.best() is not None
-        _, tuned, _, _ = checkpoints.restore("last" if which == "best" and not evaluated else which, learns, None)
+        step, tuned, _, _ = checkpoints.restore("last" if which == "best" and not evaluated else which, learns, None)
     params = tree.merge(tuned, build.base_params(m, lambda name: not m.tuned(name), config["seed"]))
-    return LoadedModel(m, params, stop_ids(source), config["method"])
+    return LoadedModel(m, params, stop_ids(source), config["method"], path, step)
 
 
 class LoadedModel:
     """A model with its parameters, to look at and to use.
 
-    config     its architecture (DecoderConfig)
+    config     its architecture (a TransformerConfig, an EncoderDecoderConfig or a RecurrentConfig)
     params     nested dict of arrays, by leaf name
     tokenizer  or None, where the checkpoint has none: then only the calls that take text raise
     """
 
-    def __init__(self, model: build.Model, params: Tree, stop: tuple[int, ...], method: Mapping[str, Any] | None = None):
-        self.model, self.params, self.stop = model, params, stop
+    def __init__(
+        self, model: build.Model, params: Tree, stop: tuple[int, ...], method: Mapping[str, Any] | None = None, run: Path | None = None,
+        step: int | None = None,
+    ):  # fmt: skip
+        self.model, self.params, self.stop, self.run, self.step = model, params, stop, run, step
         self.method = dict(method or {"name": "full"})
         self._logits = jax.jit(self._forward)
 
     @property
-    def config(self) -> DecoderConfig:
+    def config(self) -> Any:
         return self.model.source.config
 
     @property
@@ -107,20 +114,58 @@ class LoadedModel:
             )
         return self.model.source.tokenizer
 
-    def _forward(self, params: Tree, tokens_BT, mask_BT):
-        positions_BT = jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
-        batch = Batch(tokens_BT, tokens_BT, mask_BT, mask_BT, positions_BT)
-        hidden, head, _ = self.model.network.apply(params, batch)
-        return head(hidden)
+    def _forward(self, params: Tree, batch: Batch):
+        hidden_BTD, head, _ = self.model.network.apply(params, batch)
+        return head(pooled(hidden_BTD, batch.segments, self.config.head.pool))
 
-    def logits(self, tokens_BT, attention_mask_BT=None) -> jax.Array:
-        """[B, T] token ids -> [B, T, V] float32 logits; the mask is 1 on tokens, 0 on padding (on either side)."""
-        tokens = jnp.asarray(np.asarray(tokens_BT), jnp.int32)
-        mask = jnp.ones_like(tokens) if attention_mask_BT is None else jnp.asarray(np.asarray(attention_mask_BT), jnp.int32)
-        if tokens.ndim != 2 or mask.shape != tokens.shape:
-            raise ValueError(f"logits takes [B, T] token ids and a mask of the same shape; got {tokens.shape} and {mask.shape}.")
+    def logits(self, tokens_BT, attention_mask_BT=None, *, types_BT=None, decoder_tokens_BT=None) -> jax.Array:
+        """[B, T] token ids -> float32 logits: [B, T, V] over the vocabulary, [B, T, C] or, of a sequence classifier, [B, C] over classes.
+
+        attention_mask_BT  1 on tokens, 0 on padding (on either side)
+        types_BT           which of two texts a token belongs to, for encoders that tell
+        decoder_tokens_BT  what the decoder of an encoder-decoder reads (not padded), and the logits are for; the tokens are the encoder's
+        """
+        tokens, mask = _ids(tokens_BT, attention_mask_BT)
+        batch = Batch(tokens, tokens, mask, mask, places(mask), None if types_BT is None else _ids(types_BT)[0])
+        if (self.config.reads == "encoder_decoder") != (decoder_tokens_BT is not None):
+            raise ValueError(f"decoder_tokens_BT is for an encoder-decoder, and this model is an {self.config.reads}: give it there only.")
+        if decoder_tokens_BT is not None:
+            read, ones = _ids(decoder_tokens_BT)
+            batch = Batch(read, read, ones, ones, places(ones), None, Inputs(tokens, mask, places(mask)))
         with jax.set_mesh(self.model.mesh):
-            return self._logits(self.params, tokens, mask)
+            return self._logits(self.params, batch)
+
+    def classify(self, texts: str | Sequence[str]) -> list[dict[str, float]]:
+        """The probability of each class, for each text; of a model with a sequence classifier."""
+        classes, pool = self.config.head.classes, self.config.head.pool
+        if not classes or not pool:
+            raise ValueError("classify is for a model whose head classifies a sequence; see model.head.")
+        rows = [f.tokens for f in frame(self.tokenizer).encode([texts] if isinstance(texts, str) else list(texts))]
+        tokens, mask = _pad(rows, self.config.max_length)
+        shares = jax.nn.softmax(self.logits(tokens, mask), axis=-1)
+        return [dict(zip(classes, map(float, row), strict=True)) for row in np.asarray(shares)[: len(rows)]]
+
+    def embed(self, texts: str | Sequence[str], batch_size: int = 32) -> np.ndarray:
+        """[B, D] float32 embeddings of the texts, pooled and normalised as the checkpoint's modules.json says.
+
+        Longer texts than it was made for are cut, with a warning. ValueError for a checkpoint that says nothing of it.
+        """
+        source = self.model.source
+        how = sentences.read(source.directory) if source.directory else None
+        if how is None:
+            raise ValueError(f"{source.path!r} is no sentence encoder: it has no modules.json, which says how tokens become one embedding.")
+        rows = [f.tokens for f in frame(self.tokenizer).encode([texts] if isinstance(texts, str) else list(texts))]
+        longest = min(how.max_tokens or self.config.max_length, self.config.max_length)
+        if cut := sum(len(row) > longest for row in rows):
+            log.warning("%d of %d texts are longer than the %d tokens that the encoder reads, and are cut.", cut, len(rows), longest)
+            rows = [row[frame(self.tokenizer).trim(row, longest)] for row in rows]
+        found = []
+        for first in range(0, len(rows), batch_size):
+            some = rows[first : first + batch_size]
+            tokens, mask = _pad(some, longest)
+            with jax.set_mesh(self.model.mesh):
+                found.append(np.asarray(_embed(self.model.network, how, self.params, tokens, mask))[: len(some)])
+        return np.concatenate(found)
 
     def generate(
         self, prompts: str | Sequence[str], max_new_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
@@ -156,7 +201,47 @@ class LoadedModel:
 
         An adapter goes into an "hf" export only when `merge` says so; the logits of both are compared first.
         """
-        return export.write(self.model, self.params, self.method, Path(directory), format, merge)
+        return export.write(self.model, self.params, self.method, Path(directory), format, merge, self.run, self.step)
+
+
+def pooled(hidden_BTD: jax.Array, mask_BT: jax.Array, pool: str) -> jax.Array:
+    """[B, D], the hidden state that stands for each sequence; all of them where each token has its own answer."""
+    if not pool:
+        return hidden_BTD
+    last = mask_BT.shape[1] - 1 - jnp.argmax(mask_BT[:, ::-1] != 0, axis=1)
+    at = last if pool == "last" else jnp.argmax(mask_BT != 0, axis=1)  # a mean stands at every token
+    return jnp.take_along_axis(hidden_BTD, at[:, None, None], axis=1)[:, 0]
+
+
+def places(mask_BT: jax.Array) -> jax.Array:
+    """Positions of the tokens in their sequence, 0 for padding before them."""
+    return jnp.maximum(jnp.cumsum(mask_BT, axis=1) - 1, 0)
+
+
+def _ids(tokens_BT: Any, mask_BT: Any = None) -> tuple[jax.Array, jax.Array]:
+    tokens = jnp.asarray(np.asarray(tokens_BT), jnp.int32)
+    mask = jnp.ones_like(tokens) if mask_BT is None else jnp.asarray(np.asarray(mask_BT), jnp.int32)
+    if tokens.ndim != 2 or mask.shape != tokens.shape:
+        raise ValueError(f"logits takes [B, T] token ids and a mask of the same shape; got {tokens.shape} and {mask.shape}.")
+    return tokens, mask
+
+
+def _pad(rows: Sequence[np.ndarray], longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, mask) of few shapes, so that texts of all lengths share a few compiled programs."""
+    size = min(longest, max(16, 1 << (max(map(len, rows)) - 1).bit_length()))
+    if too := [len(row) for row in rows if len(row) > size]:
+        raise ValueError(f"A text has {too[0]} tokens, and the model reads at most {longest}. Shorten it.")
+    tokens, mask = np.zeros((2, 1 << (len(rows) - 1).bit_length(), size), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)], mask[i, : len(row)] = row, 1
+    return tokens, mask
+
+
+@jax.jit(static_argnums=(0, 1))
+def _embed(network, how: sentences.Sentences, params: Tree, tokens_BT, mask_BT):
+    batch = Batch(tokens_BT, tokens_BT, mask_BT, mask_BT, places(mask_BT))
+    hidden_BTD, _, _ = network.apply(params, batch)
+    return sentences.pool(hidden_BTD.astype(jnp.float32), mask_BT, how)
 
 
 def open_ended(words: Any, text: str, special_tokens: bool) -> list[int]:

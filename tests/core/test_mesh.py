@@ -12,6 +12,7 @@ from tuning.core import mesh
 def test_one_axis_may_take_the_devices_that_are_left():
     assert dict(mesh.mesh(data=-1, tensor=2).shape)["data"] == 4
     assert mesh.row_count(mesh.mesh(data=2, fsdp=2, tensor=2)) == 4
+    assert mesh.row_count(mesh.mesh(data=2, expert=2, tensor=2)) == 4
 
 
 def test_a_mesh_that_does_not_fit_says_what_there_is():
@@ -22,7 +23,7 @@ def test_a_mesh_that_does_not_fit_says_what_there_is():
     with pytest.raises(ValueError, match="at most one"):
         mesh.mesh(data=-1, fsdp=-1)
     with pytest.raises(ValueError, match="not supported yet"):
-        mesh.mesh(expert=2)
+        mesh.mesh(context=2)
 
 
 def test_an_axis_that_does_not_divide_stays_whole():
@@ -32,12 +33,20 @@ def test_an_axis_that_does_not_divide_stays_whole():
     assert mesh.spec((8, 5), ("batch", None), mesh.mesh(data=2, fsdp=4)) == P(("data", "fsdp"), None)
 
 
+def test_the_expert_axis_splits_experts_and_rows():
+    where = mesh.mesh(data=1, fsdp=2, expert=4)
+    assert mesh.spec((8, 32, 16), ("experts", "embed", "mlp"), where) == P("expert", "fsdp", None)
+    assert mesh.spec((6, 32, 16), ("experts", "embed", "mlp"), where) == P(None, "fsdp", None)
+    assert mesh.spec((8, 5), ("batch", None), where) == P(("fsdp", "expert"), None)
+    assert mesh.rows(where).spec == P(("dcn", "data", "fsdp", "expert"))
+
+
 def test_a_logical_axis_without_a_rule_is_an_error():
     with pytest.raises(KeyError):
         mesh.spec((4,), ("embbed",), mesh.mesh())
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "tensor": 8}])
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "expert": 4}, {"data": 1, "tensor": 8}])
 def test_sums_by_rows_are_the_sums_over_all_rows(sizes):
     x = jnp.arange(24.0).reshape(8, 3)
     w = jnp.arange(3.0)

@@ -5,18 +5,26 @@ import pytest
 
 from tuning.data import formats
 from tuning.data.formats import FORMATS, auto, messages, pairs, text
-from tuning.data.pieces import encode
+from tuning.data.reader import Reader
 
 from .conftest import CHATML
 
 
 def example(format, tokenizer, row):
-    return encode([format(tokenizer)(row)], tokenizer)[0]
+    return format(Reader(tokenizer))([row])[0]
+
+
+def seen(format, tokenizer, row):
+    """The tokens, and whether each is learned: as the target of the one before it. The first never is."""
+    tokens, targets, learned = example(format, tokenizer, row)[:3]
+    assert targets[:-1].tolist() == tokens[1:].tolist()
+    assert not learned[-1]
+    return tokens, np.append(False, learned[:-1])
 
 
 def marked(format, tokenizer, row):
     """The example as text, learned runs in «»."""
-    tokens, learned = example(format, tokenizer, row)
+    tokens, learned = seen(format, tokenizer, row)
     runs = np.split(np.arange(len(tokens)), np.flatnonzero(np.diff(learned)) + 1)
     words = [(tokenizer.decode(tokens[run].tolist(), clean_up_tokenization_spaces=False), learned[run[0]]) for run in runs]
     return "".join(f"«{word}»" if yes else word for word, yes in words)
@@ -30,14 +38,14 @@ def ids(tokenizer, text):
 
 
 def test_text_is_learned_whole_with_its_end(plain):
-    tokens, learned = example(text(), plain, {"text": "The cat"})
+    tokens, learned = seen(text(), plain, {"text": "The cat"})
     assert tokens.tolist() == [*ids(plain, "The cat"), plain.eos_token_id]
-    assert learned.all()
+    assert learned[1:].all()
     assert tokens.dtype == np.int32
 
 
 def test_the_start_token_stands_once_and_is_not_learned(started):
-    tokens, learned = example(text(), started, {"text": "The cat"})
+    tokens, learned = seen(text(), started, {"text": "The cat"})
     assert tokens.tolist() == [started.bos_token_id, *ids(started, "The cat"), started.eos_token_id]
     assert learned.tolist() == [False] + [True] * (len(tokens) - 1)
 
@@ -57,7 +65,7 @@ def test_control_tokens_in_plain_text_are_letters(started):
 
 
 def test_a_completion_is_learned_with_its_end_and_the_prompt_is_not(started):
-    tokens, learned = example(pairs(), started, {"prompt": "how many", "completion": " 12 apples"})
+    tokens, learned = seen(pairs(), started, {"prompt": "how many", "completion": " 12 apples"})
     prompt, completion = ids(started, "how many"), ids(started, " 12 apples")
     assert tokens.tolist() == [started.bos_token_id, *prompt, *completion, started.eos_token_id]
     assert learned.tolist() == [False] * (1 + len(prompt)) + [True] * (len(completion) + 1)
@@ -71,13 +79,13 @@ def test_templates_fill_in_columns(plain):
 
 def test_the_end_token_is_learned_when_it_is_the_padding(plain):
     assert plain.pad_token_id == plain.eos_token_id
-    tokens, learned = example(pairs(), plain, {"prompt": "a", "completion": "b"})
+    tokens, learned = seen(pairs(), plain, {"prompt": "a", "completion": "b"})
     assert tokens[-1] == plain.eos_token_id
     assert learned[-1]
 
 
 def test_a_continuation_gets_no_space_of_its_own(spaced):
-    tokens, learned = example(pairs(), spaced, {"prompt": "The", "completion": " cat"})
+    tokens, learned = seen(pairs(), spaced, {"prompt": "The", "completion": " cat"})
     assert spaced.convert_ids_to_tokens(tokens.tolist()) == ["<s>", "▁The", "▁cat", "</s>"]
     assert learned.tolist() == [False, False, True, True]
     assert spaced.convert_ids_to_tokens(example(text(), spaced, {"text": "The cat"}).tokens.tolist()) == ["<s>", "▁The", "▁cat", "</s>"]
@@ -85,12 +93,10 @@ def test_a_continuation_gets_no_space_of_its_own(spaced):
 
 def test_many_rows_are_tokenised_as_each_alone(started):
     rows = [{"prompt": "how" * n, "completion": " 12" * (5 - n)} for n in range(5)]
-    cut = pairs()(started)
-    together = encode([cut(row) for row in rows], started)
-    for row, (tokens, learned) in zip(rows, together, strict=True):
+    for row, together in zip(rows, pairs()(Reader(started))(rows), strict=True):
         alone = example(pairs(), started, row)
-        assert tokens.tolist() == alone.tokens.tolist()
-        assert learned.tolist() == alone.learned.tolist()
+        assert together.tokens.tolist() == alone.tokens.tolist()
+        assert together.learned.tolist() == alone.learned.tolist()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +122,7 @@ def test_many_rows_are_tokenised_as_each_alone(started):
 )
 def test_a_wrong_row_says_what_is_there(chat, format, row, message):
     with pytest.raises(ValueError, match=message):
-        format(chat)(row)
+        example(format, chat, row)
 
 
 @pytest.mark.parametrize("template", ["{question", "Question:}", "{}", "{{no}}", "{a!r}", "{a:>5}"])
@@ -128,14 +134,15 @@ def test_a_template_without_plain_columns_is_refused(template):
 def test_a_tokenizer_without_an_end_is_refused_where_one_is_needed(endless):
     for format in (text(), pairs()):
         with pytest.raises(ValueError, match=r"no end token.*Set its eos_token"):
-            format(endless)
+            format(Reader(endless))
 
 
 def test_auto_takes_the_format_that_the_columns_name(chat):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = {"text": {"text": "a", "label": 1}, "pairs": {"prompt": "a", "completion": "b"}, "messages": {"messages": turns}}
     for name, row in rows.items():
-        assert auto()(chat)(row) == FORMATS[name]()(chat)(row)
+        for found, expected in zip(example(auto(), chat, row)[:3], example(FORMATS[name](), chat, row)[:3], strict=True):
+            assert found.tolist() == expected.tolist()
 
 
 # Conversations.
@@ -165,19 +172,19 @@ def test_answers_and_their_end_of_turn_are_learned_and_nothing_else(chat, templa
     shown = {learn: marked(messages(learn=learn), chat, {"messages": TURNS}) for learn in formats.LEARN}
     assert shown["assistant"] == f"{SYSTEM}{USER}«hi there<|im_end|>»{AGAIN}« yes\n<|im_end|>»\n"
     assert shown["last"] == f"{SYSTEM}{USER}hi there<|im_end|>{AGAIN}« yes\n<|im_end|>»\n"
-    assert shown["all"] == f"«{SYSTEM}{USER}hi there<|im_end|>{AGAIN} yes\n<|im_end|>\n»"
+    assert shown["all"] == f"<|im_start|>«{SYSTEM.removeprefix('<|im_start|>')}{USER}hi there<|im_end|>{AGAIN} yes\n<|im_end|>\n»"
 
 
 def test_the_mask_is_that_of_the_generation_markers(chat):
     chat.chat_template = MARKERS
     oracle = chat.apply_chat_template(TURNS[:3], return_dict=True, return_assistant_tokens_mask=True)
-    tokens, learned = example(messages(), chat, {"messages": TURNS[:3]})
+    tokens, learned = seen(messages(), chat, {"messages": TURNS[:3]})
     assert tokens.tolist() == oracle["input_ids"]
     assert learned.astype(int).tolist() == oracle["assistant_masks"]
 
 
 def test_the_prompt_of_an_answer_is_what_the_model_meets_when_it_generates(chat):
-    tokens, learned = example(messages(learn="last"), chat, {"messages": TURNS})
+    tokens, learned = seen(messages(learn="last"), chat, {"messages": TURNS})
     prompt = chat.apply_chat_template(TURNS[:-1], add_generation_prompt=True, return_dict=False)
     assert tokens[: len(prompt)].tolist() == prompt
     assert np.argmax(learned) == len(prompt)
@@ -196,7 +203,7 @@ def test_pieces_of_a_conversation_are_the_tokens_of_its_rendering(request, name,
     tokenizer = request.getfixturevalue(name)
     tokenizer.chat_template = template
     turns = [dict(turn, content=turn["content"].strip()) for turn in TURNS[1:]]
-    tokens, learned = example(messages(), tokenizer, {"messages": turns})
+    tokens, learned = seen(messages(), tokenizer, {"messages": turns})
     assert tokens.tolist() == tokenizer.apply_chat_template(turns, return_dict=False)
     assert (tokens[learned] == tokenizer.eos_token_id).sum() == 2
 
@@ -206,7 +213,7 @@ def test_a_control_token_that_takes_the_line_break_after_it_is_learned_alone(cha
 
     chat.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", rstrip=True, special=True)]})
     chat.chat_template = CHATML.replace("<|im_end|>", "<|end|>")
-    tokens, learned = example(messages(), chat, {"messages": TURNS[1:4]})
+    tokens, learned = seen(messages(), chat, {"messages": TURNS[1:4]})
     assert tokens.tolist() == chat.apply_chat_template(TURNS[1:4], return_dict=False)
     assert chat.decode(tokens[learned].tolist()) == "hi there<|end|>"
 
@@ -236,7 +243,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(chat):
     chat.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}")
     turns = [dict(turn, content="<think>hm</think>" * (turn["role"] == "assistant") + turn["content"]) for turn in TURNS]
     with pytest.raises(ValueError, match=r"became .* rewrites earlier turns .*Set format.learn=last"):
-        messages()(chat)({"messages": turns})
+        example(messages(), chat, {"messages": turns})
     alone = turns[1:3]
     assert "«<think>hm</think>hi there<|im_end|>»" in marked(messages(learn="last"), chat, {"messages": alone})
 
@@ -244,24 +251,24 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(chat):
 def test_a_template_without_a_generation_prompt_is_refused(chat):
     chat.chat_template = CHATML[: CHATML.index("{% if add_generation_prompt")]
     with pytest.raises(ValueError, match="ignores add_generation_prompt"):
-        messages()(chat)({"messages": TURNS})
+        example(messages(), chat, {"messages": TURNS})
 
 
 def test_a_template_that_does_not_end_answers_is_refused(chat):
     chat.chat_template = CHATML.replace("<|im_end|>", "")
     with pytest.raises(ValueError, match="would not learn to stop"):
-        messages()(chat)({"messages": TURNS})
+        example(messages(), chat, {"messages": TURNS})
 
 
 def test_a_template_that_refuses_is_quoted(chat):
     chat.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match=r"refuses the first \d turns: roles must alternate"):
-        messages()(chat)({"messages": TURNS})
+        example(messages(), chat, {"messages": TURNS})
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(plain):
     with pytest.raises(ValueError, match="no chat template"):
-        messages()(plain)
+        messages()(Reader(plain))
 
 
 def test_learn_names_what_exists():

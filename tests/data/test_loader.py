@@ -1,5 +1,6 @@
 """The order of batches: a pure function of the seed and the step, the same on every mesh, resumed by setting one number."""
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 
 from tuning.core import mesh as meshes
-from tuning.core.types import Batch
-from tuning.data.loader import AHEAD, Loader, once, prefetch
+from tuning.core.types import Batch, Inputs
+from tuning.data.loader import AHEAD, Loader, abstract, once, place, prefetch
 
 
 class Numbered:
@@ -24,10 +25,27 @@ class Numbered:
     def __len__(self):
         return self.count
 
+    @property
+    def abstract(self):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), Numbered.__getitem__(self, 0))
+
     def __getitem__(self, index):
         assert 0 <= index < self.count
         ints = np.full(self.length, index, np.int32)
         return Batch(ints, ints + 1, np.ones(self.length, np.float32), np.ones(self.length, np.int32), np.arange(4, dtype=np.int32))
+
+
+class Sided(Numbered):
+    """The same with token types, and with an encoder's tokens of another length."""
+
+    @property
+    def abstract(self):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self[0])
+
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        read = np.full(6, 100 + index, np.int32)
+        return dataclasses.replace(row, types=row.tokens + 50, inputs=Inputs(read, np.ones(6, np.int32), np.arange(6, dtype=np.int32)))
 
 
 @pytest.fixture
@@ -138,6 +156,28 @@ def test_batches_are_global_arrays_split_over_rows(mesh):
         assert [shard.data.shape for shard in array.addressable_shards] == [(2, 4)] * 8
         np.testing.assert_array_equal(array[5], getattr(row, name))
         assert array.dtype == getattr(row, name).dtype
+
+
+def test_types_and_inputs_travel_where_the_rows_have_them(mesh):
+    batch = place(Sided(5), [3, 1, 4, 0, 2, 5, 6, 7], mesh)
+    assert np.asarray(batch.types)[:, 0].tolist() == [53, 51, 54, 50, 52, 0, 0, 0]
+    assert np.asarray(batch.inputs.tokens)[:, 5].tolist() == [103, 101, 104, 100, 102, 0, 0, 0]
+    assert np.asarray(batch.inputs.segments)[:, 0].tolist() == [1] * 5 + [0] * 3
+    assert np.asarray(batch.inputs.positions)[2].tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch.inputs.tokens.shape == (8, 6) and batch.tokens.shape == batch.types.shape == (8, 4)
+    plain = place(Numbered(5), [3, 1, 4, 0, 2, 5, 6, 7], mesh)
+    assert plain.types is None and plain.inputs is None
+    for leaf in jax.tree.leaves(batch):
+        assert leaf.sharding == meshes.rows(mesh)
+
+
+@pytest.mark.parametrize("rows", [Numbered(20), Sided(20)])
+def test_the_abstract_batch_is_that_which_comes(mesh, rows):
+    expected = abstract(rows, 16, mesh)
+    found = Loader(rows, batch_size=16, seed=0, mesh=mesh).batch(0)
+    assert jax.tree.structure(expected) == jax.tree.structure(found)
+    for shape, array in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert (shape.shape, shape.dtype, shape.sharding) == (array.shape, array.dtype, array.sharding)
 
 
 def test_each_row_is_built_once(mesh):

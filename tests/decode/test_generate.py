@@ -10,14 +10,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tuning.core import mesh, tree
-from tuning.core.types import Batch
+from tuning.core.types import Batch, Inputs
 from tuning.decode.generate import generate
 from tuning.models import network
-from tuning.models.decoder import DecoderConfig, construct
+from tuning.models.encoder_decoder import EncoderDecoderConfig
+from tuning.models.transformer import TransformerConfig
+from tuning.nn.block import Kind
 from tuning.nn.sites import NOTHING
 
 CUTS = (1,)
-CONFIG = DecoderConfig(vocab_size=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, hidden=48, max_length=128, window=5)
+CONFIG = TransformerConfig(
+    vocab_size=61, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, hidden=48, max_length=128, kinds=(Kind(window=5),) * 3
+)
 PROMPTS = [[5, 17, 9], [40], list(range(2, 25)), [7, 7, 7, 60, 1, 33]]
 N = 12
 
@@ -25,7 +29,7 @@ N = 12
 @pytest.fixture(scope="module")
 def model():
     """(extend, empty_cache, params) of a random decoder with a cut in its stack and a sliding window."""
-    net = network.build(construct(CONFIG, NOTHING, CUTS))
+    net = network.build(CONFIG.construct(NOTHING, CUTS))
     return net.extend, functools.partial(CONFIG.empty_cache, cuts=CUTS), jax.jit(net.init)(jax.random.key(0))
 
 
@@ -177,8 +181,8 @@ def test_greedy_tokens_are_those_of_transformers():
     torch.manual_seed(0)
     sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     llama = LlamaForCausalLM(LlamaConfig(**sizes, head_dim=8, max_position_embeddings=128, rms_norm_eps=1e-6, initializer_range=0.3)).eval()
-    config = DecoderConfig(vocab_size=61, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=48, max_length=128)
-    net = network.build(construct(config, NOTHING))
+    config = TransformerConfig(vocab_size=61, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, hidden=48, max_length=128)
+    net = network.build(config.construct(NOTHING))
     ours = generate(net.extend, config.empty_cache, llama_params(llama, 2), PROMPTS, max_new_tokens=N)
 
     width = max(map(len, PROMPTS))
@@ -187,3 +191,85 @@ def test_greedy_tokens_are_those_of_transformers():
     theirs = llama.generate(tokens, attention_mask=mask, max_new_tokens=N, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert ours == theirs[:, width:].tolist()
     assert len({token for row in ours for token in row}) > 10
+
+
+# Encoder-decoders.
+
+SIDE = dict(vocab_size=61, width=32, heads=4, kv_heads=4, head_dim=8, hidden=48, max_length=128, positions="relative", relative=(8, 20))
+BOTH = EncoderDecoderConfig(TransformerConfig(layers=2, causal=False, **SIDE), TransformerConfig(layers=3, **SIDE), start=0)
+INPUTS = [[5, 17, 9], [40], list(range(2, 45)), [7, 7, 7, 60, 1, 33]]
+STARTS = [[0], [0], [0], [0, 12, 44]]
+
+
+@pytest.fixture(scope="module")
+def two_sided():
+    """(extend, empty_cache, params, remember) of a random encoder-decoder with a cut in its decoder."""
+    net = network.build(BOTH.construct(NOTHING, CUTS))
+    params = jax.jit(net.init)(jax.random.key(0))
+    wide = lambda name, x: 20 * x if name.endswith("table") else x  # noqa: E731  so that tokens and distances count
+    return net.extend, functools.partial(BOTH.empty_cache, cuts=CUTS), tree.map_named(wide, params), net.remember
+
+
+def answers(two_sided, starts=STARTS, inputs=INPUTS, **settings):
+    *model, remember = two_sided
+    return generate(*model, starts, remember=remember, inputs=inputs, **{"max_new_tokens": N} | settings)
+
+
+@pytest.fixture(scope="module")
+def answered(two_sided):
+    return answers(two_sided)
+
+
+def test_an_encoder_decoders_greedy_tokens_are_those_of_repeated_full_passes(two_sided, answered):
+    net, params = two_sided[0].__self__, two_sided[2]
+
+    @jax.jit
+    def following(tokens_1T, read_1S, length, size):
+        at_1T, at_1S = jnp.arange(tokens_1T.shape[1])[None], jnp.arange(read_1S.shape[1])[None]
+        real_1T = (at_1T < length).astype(jnp.int32)
+        inputs = Inputs(read_1S, (at_1S < size).astype(jnp.int32), at_1S)
+        hidden_1TD, head, _ = net.apply(params, Batch(tokens_1T, tokens_1T, real_1T, real_1T, at_1T, inputs=inputs))
+        return head(hidden_1TD[0, length - 1]).argmax()
+
+    for start, read, shown in zip(STARTS, INPUTS, answered, strict=True):
+        tokens, row, source = list(start), np.zeros((1, 16), np.int32), np.zeros((1, 48), np.int32)
+        source[0, : len(read)] = read
+        for _ in range(N):
+            row[0, : len(tokens)] = tokens
+            tokens.append(int(following(row, source, len(tokens), len(read))))
+        assert shown == tokens[len(start) :]
+    assert len({token for row in answered for token in row}) > 10  # a model that repeats one token would prove little
+    assert answered[0] != answered[1]  # the same start: what the encoder read makes the difference
+
+
+def test_an_answer_does_not_depend_on_the_rest_of_the_batch_nor_on_padding(two_sided, answered):
+    assert [answers(two_sided, [start], [read])[0] for start, read in zip(STARTS, INPUTS, strict=True)] == answered
+    long = list(range(1, 61)) * 2  # another bucket of input lengths
+    assert answers(two_sided, [*STARTS, [0]], [*INPUTS, long], pad=33)[: len(INPUTS)] == answered
+
+
+def test_an_answer_ends_before_its_first_stop_token(two_sided, answered):
+    stop = (answered[0][4],)
+    assert answers(two_sided, stop=stop) == [row[: next((i for i, t in enumerate(row) if t in stop), N)] for row in answered]
+
+
+def test_an_encoder_decoder_on_a_mesh_gives_the_same_tokens(two_sided, answered):
+    extend, empty_cache, params, remember = two_sided
+    where = mesh.mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(where):
+        split = jax.device_put(params, mesh.shardings(params, extend.__self__.axes, where))
+        assert answers((extend, empty_cache, split, remember)) == answered
+
+
+@pytest.mark.parametrize(
+    "inputs, settings, message",
+    [
+        (None, {}, "with `remember` and `inputs`"),
+        ([[5]], {}, "1 inputs for 4 prompts"),
+        ([[5], [], [5], [5]], {}, r"inputs\[1\] is empty"),
+        ([[5], [5], [5], [5] * 20], {"max_length": 19}, r"inputs\[3\] has 20 tokens, which exceeds max_length=19\. Shorten"),
+    ],
+)
+def test_inputs_that_cannot_be_read_are_refused(two_sided, inputs, settings, message):
+    with pytest.raises(ValueError, match=message):
+        answers(two_sided, inputs=inputs, **settings)

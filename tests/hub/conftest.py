@@ -15,7 +15,7 @@ from tests import checkpoints
 from tuning.core import mesh, tree
 from tuning.core.types import Batch
 from tuning.hub import checkpoint, families
-from tuning.models import decoder, network
+from tuning.models import network
 from tuning.nn.sites import NOTHING
 
 
@@ -23,16 +23,14 @@ class Ours:
     """A checkpoint as our network: config, network, params, and its logits."""
 
     def __init__(self, directory: Path, sites=NOTHING, cuts=(), where=None, **changes: Any):
-        import dataclasses
-
         self.raw = checkpoint.read_config(directory)
-        self.table = families.family(self.raw).table
-        self.config = dataclasses.replace(families.config_from(self.raw), **changes)
-        self.network = network.build(decoder.construct(self.config, sites, cuts))
+        self.table = families.table(self.raw)
+        self.config = families.config_from(self.raw).replace(**changes)
+        self.network = network.build(self.config.construct(sites, cuts))
         base, self.extra = tree.split(self.network.abstract, lambda name: "/adapter/" not in name and not name.endswith("/added"))
         axes, _ = tree.split(self.network.axes, lambda name: name in tree.flatten(base))
         where = where or mesh.over(jax.devices()[:1])
-        self.params = checkpoint.load(directory, base, mesh.shardings(base, axes, where), lambda name: jnp.float32, self.table)
+        self.params = checkpoint.load(directory, base, mesh.shardings(base, axes, where), lambda name: jnp.float32, self.raw)
 
     def logits(self, tokens, mask=None, params=None) -> np.ndarray:
         batch = make_batch(tokens, mask)
@@ -65,7 +63,8 @@ def ours_of(checkpoint_of):
 
 @pytest.fixture(scope="session")
 def reference_of(checkpoint_of):
-    return functools.cache(lambda family: checkpoints.reference(checkpoint_of(family)))
+    auto = lambda family: checkpoints.FAMILIES[family].get("auto", "CausalLM")  # noqa: E731
+    return functools.cache(lambda family: checkpoints.reference(checkpoint_of(family), auto(family)))
 
 
 @pytest.fixture(scope="session")

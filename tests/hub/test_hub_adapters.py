@@ -12,7 +12,7 @@ from tests import checkpoints
 from tuning.core import tree
 from tuning.hub import adapters, files
 from tuning.methods.lora import lora
-from tuning.models import decoder, network
+from tuning.models import network
 
 peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
@@ -23,7 +23,7 @@ SETTINGS = dict(rank=4, alpha=6.0, dropout=0.1)
 def with_lora(ours, directory, cuts=(), added=(0, 0), **settings):
     """Our network with LoRA, its parameters all random where a checkpoint says nothing."""
     config = ours(directory).config
-    outline = network.outline(lambda sites: decoder.construct(config, sites), config.layers)
+    outline = network.outline(config.construct, config.layers)
     method = lora(outline, **{**SETTINGS, **settings})
     net = ours(directory, sites=method.sites, cuts=cuts, added=added)
     rng = np.random.default_rng(3)
@@ -55,7 +55,14 @@ def arguments(net, **more):
 
 @pytest.mark.parametrize(
     ("family", "targets", "stabilized", "cuts"),
-    [("llama2", ("all",), True, (2,)), ("qwen2", ("attn/q", "down"), False, ()), ("llama3", ("attn/.*",), False, ())],
+    [
+        ("llama2", ("all",), True, (2,)),
+        ("qwen2", ("attn/q", "down"), False, ()),
+        ("llama3", ("attn/.*",), False, ()),
+        ("gpt2", ("all",), False, (1,)),
+        ("gpt2", ("attn/o", "up"), True, ()),
+        ("falcon_alibi", ("all",), False, ()),
+    ],
 )
 def test_peft_loads_ours_and_gives_our_logits(family, targets, stabilized, cuts, tmp_path, ours, checkpoint_of, ours_of):
     net = with_lora(ours, checkpoint_of(family), cuts, targets=targets, rank_stabilized=stabilized)
@@ -65,6 +72,21 @@ def test_peft_loads_ours_and_gives_our_logits(family, targets, stabilized, cuts,
     assert_same(mine, peft_logits(checkpoint_of(family), tmp_path, tokens))
     assert np.abs(mine - ours_of(family).logits(tokens)).max() > 0.01  # the adapter does something
     assert_same(mine, ours_of(family).logits(tokens, params=whole(net.method.fold(net.full), ours_of(family))))
+
+
+@pytest.mark.parametrize(
+    ("targets", "modules"),
+    [
+        (("all",), ["c_attn", "c_fc", "c_proj"]), (("qkv", "up"), ["c_attn", "c_fc"]),
+        (("attn/o", "up"), r"transformer\.h\.(\d+)\.attn\.c_proj|transformer\.h\.(\d+)\.mlp\.c_fc"),
+    ],
+)  # fmt: skip
+def test_modules_whose_names_end_alike_are_told_apart(targets, modules, tmp_path, ours, checkpoint_of):
+    net = with_lora(ours, checkpoint_of("gpt2"), targets=targets)
+    adapters.write(tmp_path, net.leaves, net.table, **arguments(net))
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert said["target_modules"] == modules and said["fan_in_fan_out"] is True
+    adapters.settings(tmp_path, net.table)  # raises where target_modules names others than have tensors
 
 
 def whole(params, plain):
@@ -80,10 +102,16 @@ def whole(params, plain):
     return tree.unflatten(joined)
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3"])
-def test_we_load_what_peft_wrote_and_give_its_logits(family, tmp_path, ours, checkpoint_of):
+@pytest.mark.parametrize(
+    ("family", "modules", "roles"),
+    [
+        ("mistral", ["q_proj", "up_proj"], ("attn/q", "mlp/up")), ("qwen3", ["q_proj", "up_proj"], ("attn/q", "mlp/up")),
+        ("gpt2", ["c_attn", "c_proj", "c_fc"], ("attn/qkv", "attn/o", "mlp/up", "mlp/down")), ("gpt2", ["mlp.c_proj"], ("mlp/down",)),
+    ],
+)  # fmt: skip
+def test_we_load_what_peft_wrote_and_give_its_logits(family, modules, roles, tmp_path, ours, checkpoint_of):
     model = checkpoints.reference(checkpoint_of(family))
-    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "up_proj"], use_rslora=True, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=modules, use_rslora=True, task_type="CAUSAL_LM")
     torch.manual_seed(1)
     model = peft.get_peft_model(model, config)
     with torch.no_grad():
@@ -96,7 +124,7 @@ def test_we_load_what_peft_wrote_and_give_its_logits(family, tmp_path, ours, che
         theirs = model.eval()(torch.tensor(tokens)).logits.numpy()
     said = adapters.settings(tmp_path, ours(checkpoint_of(family)).table)
     assert said.pop("layers") == 3 and said.pop("added") == (0, 0)
-    assert said == dict(rank=3, alpha=7.0, dropout=0.0, rank_stabilized=True, targets=("attn/q", "mlp/up"))
+    assert said == dict(rank=3, alpha=7.0, dropout=0.0, rank_stabilized=True, targets=roles)
     net = with_lora(ours, checkpoint_of(family), cuts=(1,), **said)
     leaves = adapters.read(tmp_path, net.extra, net.table)
     assert_same(net.logits(tokens, params=tree.merge(net.params, leaves)), theirs)
@@ -168,7 +196,7 @@ def test_the_written_files_are_plain_and_exact(written):
     [
         ("use_dora", True), ("modules_to_save", ["lm_head"]), ("bias", "all"), ("rank_pattern", {"q_proj": 8}),
         ("alpha_pattern", {"q_proj": 8}),
-        ("layers_to_transform", [0]), ("lora_bias", True), ("peft_type", "IA3"), ("fan_in_fan_out", True), ("exclude_modules", ["k_proj"]),
+        ("layers_to_transform", [0]), ("lora_bias", True), ("peft_type", "IA3"), ("exclude_modules", ["k_proj"]),
         ("init_lora_weights", "pissa"), ("target_parameters", ["experts"]), ("task_type", "SEQ_CLS"), ("loftq_config", {"bits": 4}),
         ("layer_replication", [[0, 2]]), ("some_later_key", 0.5), ("r", 0), ("trainable_token_indices", [3, 5]),
     ],
@@ -179,7 +207,17 @@ def test_a_key_that_cannot_be_honoured_is_an_error_that_names_it(key, value, wri
 
 
 def test_keys_without_effect_are_read_over(written, tmp_path):
-    altered(written, tmp_path, lora_bias=False, exclude_modules=None, peft_version="9", auto_mapping=None, eva_config=None, loftq_config={})
+    altered(
+        written,
+        tmp_path,
+        fan_in_fan_out=True,
+        lora_bias=False,
+        exclude_modules=None,
+        peft_version="9",
+        auto_mapping=None,
+        eva_config=None,
+        loftq_config={},
+    )
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,9 @@ def test_gradients_are_those_of_transformers(family, ours_of, reference_of, batc
     gradients = tree.flatten(jax.jit(jax.grad(mean_nll))(ours.params))
     assert gradients
     for leaf, gradient in gradients.items():
-        place = names.place(leaf, ours.table)
+        place = names.place(leaf, gradient.shape, ours.table)
         for i, name in enumerate(place.tensors):
-            one = np.asarray(gradient[i] if place.stacked else gradient)
+            one = np.asarray(gradient[i] if place.lead else gradient)
             one = one.T if place.transposed else one
             assert np.abs(one - reference[name]).max() <= 1e-4 * np.abs(reference[name]).max(), name
 
@@ -209,4 +209,4 @@ def test_what_cannot_be_exported_is_refused(tmp_path, ours_of, ours, checkpoint_
 def test_adapters_are_not_looked_for_in_a_checkpoint(ours_of, checkpoint_of):
     abstract = {"embed": {"added": jax.ShapeDtypeStruct((2, 32), jnp.float32)}}
     with pytest.raises(ValueError, match="has no embed/added"):
-        checkpoint.load(checkpoint_of("llama2"), abstract, abstract, lambda name: jnp.float32, ours_of("llama2").table)
+        checkpoint.load(checkpoint_of("llama2"), abstract, abstract, lambda name: jnp.float32, ours_of("llama2").raw)

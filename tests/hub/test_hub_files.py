@@ -1,8 +1,10 @@
 """Safetensors files: what is read from them, what is refused, and how they are written."""
 
+import io
 import json
 import pickle
 import struct
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -78,6 +80,12 @@ def one(**changes) -> bytes:
     return json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}).encode()
 
 
+def zipped() -> bytes:
+    with zipfile.ZipFile(stream := io.BytesIO(), "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"a": 2.0}))
+    return stream.getvalue()
+
+
 TWO = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}
 HOSTILE = {
     "empty file": b"",
@@ -99,6 +107,17 @@ HOSTILE = {
     "shape and bytes differ": raw(one(shape=[3]), b"0" * 8),
     "offsets reversed": raw(one(data_offsets=[8, 0]), b"0" * 8),
     "offsets beyond the file": raw(one(data_offsets=[800, 808]), b"0" * 8),
+    "a gap between tensors": raw(json.dumps(TWO | {"b": {**TWO["b"], "data_offsets": [12, 20]}}).encode(), b"0" * 20),
+    "negative offsets": raw(one(data_offsets=[-8, 0]), b"0" * 8),
+    "three offsets": raw(one(data_offsets=[0, 4, 8]), b"0" * 8),
+    "shape that no array can have": raw(one(shape=[2**62, 2**62, 0], data_offsets=[0, 0])),
+    "shape is text": raw(one(shape="2"), b"0" * 8),
+    "dtype is a list": raw(one(dtype=["F32"]), b"0" * 8),
+    "a zip file": zipped(),
+    "a pickle": pickle.dumps({"a": np.zeros(2)}),
+    "a pickle as text": pickle.dumps({"a": 2.0}, protocol=0),
+    "a pointer of git-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 8\n",
+    "a web page": b"<!DOCTYPE html><html></html>",
     "overlapping tensors": raw(json.dumps(TWO).encode(), b"0" * 12),
 }
 
@@ -107,6 +126,28 @@ HOSTILE = {
 def test_a_damaged_or_hostile_file_is_an_error_that_names_it(kind, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(HOSTILE[kind])
     with pytest.raises(ValueError, match=r"model.safetensors is truncated or damaged"):
+        files.Tensors(tmp_path)
+
+
+def test_a_header_that_is_too_long_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "model.safetensors").open("wb") as stream:
+        stream.write(struct.pack("<Q", 10**8 + 1))
+        stream.truncate(2 * 10**8)
+    with pytest.raises(ValueError, match=r"its header would be 100000001 bytes long"):
+        files.Tensors(tmp_path)
+
+
+def test_a_tensor_that_begins_at_an_odd_byte_is_read(tmp_path):
+    header = one().ljust(81)
+    (tmp_path / "model.safetensors").write_bytes(raw(header, np.float32([1, 2]).tobytes()))
+    assert files.Tensors(tmp_path).entries["a"].start % 4 == 1
+    assert files.Tensors(tmp_path).read("a").tolist() == [1, 2]
+
+
+def test_a_tensor_that_stands_in_two_files_is_refused(tmp_path):
+    files.write(tmp_path, [("a", np.zeros(2, np.float32)), ("b", np.zeros(2, np.float32))], 1)
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(raw(one(), b"0" * 8))
+    with pytest.raises(ValueError, match="Tensor a stands in two files"):
         files.Tensors(tmp_path)
 
 
@@ -132,6 +173,10 @@ def test_a_link_out_of_the_folder_is_refused_but_the_hubs_cache_is_read(tmp_path
     (tmp_path / "linked" / "model.safetensors").symlink_to(target)
     with pytest.raises(ValueError, match="outside of its folder"):
         files.Tensors(tmp_path / "linked")
+    sharded = with_index(tmp_path / "sharded", {"a": "model-00001-of-00002.safetensors", "model.a": "model-00003.safetensors"})
+    (sharded / "model-00003.safetensors").symlink_to(target)
+    with pytest.raises(ValueError, match="outside of its folder"):
+        files.Tensors(sharded)
     snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
     snapshot.mkdir(parents=True)
     blobs = tmp_path / "models--owner--name" / "blobs"
@@ -186,8 +231,19 @@ def test_resolve_takes_a_folder_and_says_what_it_looked_for(tmp_path, monkeypatc
         files.resolve("nobody/no-such-model", "v1")
 
 
-def test_an_id_is_fetched_from_the_hub_without_pickles(tmp_path, monkeypatch):
+FETCHED = """config.json generation_config.json model.safetensors model-00001-of-00002.safetensors model.safetensors.index.json README.md
+    adapter_config.json adapter_model.safetensors tokenizer.json tokenizer_config.json chat_template.jinja tokenizer.model spiece.model
+    sentencepiece.bpe.model vocab.txt vocab.json merges.txt special_tokens_map.json modules.json sentence_bert_config.json
+    config_sentence_transformers.json 1_Pooling/config.json 2_Dense/config.json 2_Dense/model.safetensors"""
+LEFT = """pytorch_model.bin tf_model.h5 flax_model.msgpack modeling_custom.py model.gguf consolidated.safetensors consolidated.00.pth
+    training_args.bin onnx/config.json onnx/model.onnx openvino/config.json original/params.json original/consolidated.00.pth
+    fp16/model.safetensors 4bit/model.safetensors 8-bit/config.json 10B/model.safetensors checkpoint-500/model.safetensors
+    2_Dense/pytorch_model.bin 0_Transformer/model.safetensors 1_Pooling/onnx/config.json .cache/config.json"""
+
+
+def test_an_id_is_fetched_from_the_hub_with_all_that_is_read_and_no_other_weights(tmp_path, monkeypatch):
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
     asked = {}
 
@@ -197,13 +253,30 @@ def test_an_id_is_fetched_from_the_hub_without_pickles(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert files.resolve("owner/name", "v1") == tmp_path
-    assert asked["name"] == "owner/name" and asked["revision"] == "v1"
-    assert "*.safetensors" in asked["allow_patterns"] and not any(
-        "bin" in pattern or "py" in pattern for pattern in asked["allow_patterns"]
-    )
+    patterns = {key: asked.pop(key) for key in ("allow_patterns", "ignore_patterns")}
+    assert asked == {"name": "owner/name", "revision": "v1"}
+    assert sorted(filter_repo_objects([*FETCHED.split(), *LEFT.split()], **patterns)) == sorted(FETCHED.split())
 
 
-def test_broken_json_names_its_file(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"\xff{}", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"[1, 2]", "must hold a JSON object, not a list"),
+        (b"null", "must hold a JSON object, not a NoneType"),
+    ],
+)
+def test_json_that_is_no_object_is_an_error_that_names_its_file(text, said, tmp_path):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match=f"config.json {said}"):
+        files.read_json(tmp_path / "config.json")
+
+
+def test_huge_json_is_refused_before_it_is_read(tmp_path):
+    with (tmp_path / "config.json").open("wb") as stream:
+        stream.truncate(10**9)  # a hole, which takes no room
+    with pytest.raises(ValueError, match=r"config.json has 1,000,000,000 bytes"):
         files.read_json(tmp_path / "config.json")

@@ -8,7 +8,7 @@ import pytest
 from tests import tiny
 from tuning.core import tree
 from tuning.methods import METHODS
-from tuning.models.decoder import DecoderConfig
+from tuning.models.transformer import TransformerConfig
 
 # One way to call each method; a new entry of the table needs one here, and gets every test below.
 SETTINGS = {"full": {}, "partial": {"last_layers": 2}, "lora": {"rank": 4}}
@@ -57,7 +57,7 @@ def test_some_leaf_learns_and_folding_keeps_the_logits(case):
 
 
 def test_lora_has_the_published_number_of_parameters():
-    config = DecoderConfig(vocab_size=67, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, hidden=14336, max_length=64)
+    config = TransformerConfig(vocab_size=67, width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, hidden=14336, max_length=64)
     for targets, expected in ((("all",), 41_943_040), (("q", "v"), 6_815_744)):
         method = METHODS["lora"](tiny.outline(config), rank=16, targets=targets)
         learns, _ = tree.split(tiny.build(config, method.sites).abstract, method.tuned)

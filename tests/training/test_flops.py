@@ -7,7 +7,7 @@ import types
 import pytest
 
 from tuning.core import tree
-from tuning.models import decoder, network
+from tuning.models import network, transformer
 from tuning.training.flops import flops_per_token, peak_flops
 
 # L, D, F, H, head width, KV, V, tied
@@ -127,8 +127,8 @@ def test_an_adapter_in_one_middle_segment_needs_the_gradient_from_there_up():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_leaves_of_a_model_of_ours_are_all_recognised(tied):
-    config = decoder.DecoderConfig(50, 16, 4, 4, 2, 8, 24, 64, tied=tied, added=(50, 3))
-    abstract = network.build(decoder.construct(config, decoder.Sites(), cuts=(2,))).abstract
+    config = transformer.TransformerConfig(50, 16, 4, 4, 2, 8, 24, 64, tied=tied, added=(50, 3))
+    abstract = network.build(config.construct(transformer.Sites(), cuts=(2,))).abstract
     leaves = {name: leaf.shape for name, leaf in tree.flatten(abstract).items()}
     linear = 4 * (2 * 16 * 32 + 2 * 16 * 16 + 3 * 16 * 24)
     head = 16 * 53  # the added tokens too

@@ -13,7 +13,7 @@ from tuning.core import mesh as meshes
 from tuning.core import tree
 from tuning.core.types import Batch
 from tuning.methods import METHODS
-from tuning.models.decoder import DecoderConfig
+from tuning.models.transformer import TransformerConfig
 from tuning.objectives import OBJECTIVES
 from tuning.training import flops, state, step
 
@@ -111,7 +111,7 @@ def test_the_gradient_is_clipped_by_its_global_norm():
     assert before is not None
 
 
-WIDE = DecoderConfig(vocab_size=512, width=256, layers=4, heads=4, kv_heads=2, head_dim=64, hidden=512, max_length=64)
+WIDE = TransformerConfig(vocab_size=512, width=256, layers=4, heads=4, kv_heads=2, head_dim=64, hidden=512, max_length=64)
 
 
 @pytest.mark.parametrize(

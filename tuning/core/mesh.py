@@ -20,12 +20,14 @@ from tuning.core.types import Tree
 AXES = ("dcn", "data", "fsdp", "expert", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("dcn", "data", "fsdp"),
+    "batch": ("dcn", "data", "fsdp", "expert"),  # outside the experts, the expert axis is one more axis of copies
     "embed": ("fsdp",),  # the width of the residual stream, in parameters
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": ("expert",),
+    "router": (),  # the router's outputs: every device routes its own tokens
     "layers": (),
     "rank": (),
     "norm": (),
@@ -35,10 +37,11 @@ RULES: dict[str, tuple[str, ...]] = {
 def mesh(*, dcn: int = 1, data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
     """All devices as a mesh with the axes AXES; one size may be -1, which takes the devices that are left.
 
-    data: copies of the model. fsdp: parameters and batch split alike (ZeRO-3). tensor: heads, feed-forward and vocabulary split.
+    data: copies of the model. fsdp: parameters and batch split alike (ZeRO-3). expert: routed experts and batch split; a model without
+    experts is copied. tensor: heads, feed-forward and vocabulary split.
     """
     sizes = dict(dcn=dcn, data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
-    for axis in ("dcn", "expert", "context"):
+    for axis in ("dcn", "context"):
         if sizes[axis] != 1:
             raise ValueError(f"mesh.{axis}={sizes[axis]} is not supported yet: nothing is split over that axis. Set it to 1.")
     return over(jax.devices(), **sizes)

@@ -1,6 +1,6 @@
 """Formats: how a row becomes tokens, and which of them are learned.
 
-A format, bound to a tokenizer, cuts a row into pieces, whose tokens `pieces.encode` finds for many rows at once.
+A format, bound to a reader, makes examples of rows, many at once: here those of language models, in labels.py those of classifiers.
 
 What a row holds is text. If it spells a control token, such as `<|im_end|>`, it becomes the letters of that word and never the token.
 """
@@ -9,45 +9,55 @@ from __future__ import annotations
 
 import json
 import re
-import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tuning.data.pieces import Piece, Tokenizer, control_tokens, end_id, hide, reveal, start_ids
+import numpy as np
 
-Row = Mapping[str, Any]
-Cut = Callable[[Row], list[Piece]]
-Format = Callable[[Tokenizer], Cut]  # ValueError if the tokenizer lacks what the format needs
+from tuning.data import columns, frame
+from tuning.data.labels import labels, tags
+from tuning.data.pieces import Piece, control_tokens, encode, end_id, hide, reveal, start_ids
+from tuning.data.reader import Cut, Example, Format, Reader, Row
+
+COLUMNS = {  # the columns that each format reads if it is not told others
+    "text": ("text",),
+    "pairs": ("prompt", "completion"),
+    "messages": ("messages",),
+    "labels": ("text", "label"),
+    "tags": ("tokens", "tags"),
+}
 
 
 def auto() -> Format:
-    """The one of text, pairs and messages whose default columns are there. ValueError if none or several fit."""
+    """The format whose default columns are there: labels or tags for a model that classifies, else one of text, pairs and messages.
 
-    def bind(tokenizer: Tokenizer) -> Cut:
-        cuts: dict[str, Cut] = {}
+    ValueError if none or several fit.
+    """
 
-        def cut(row: Row) -> list[Piece]:
-            name = _detect(row)
-            if name not in cuts:
-                cuts[name] = FORMATS[name]()(tokenizer)
-            return cuts[name](row)
+    def bind(reader: Reader) -> Cut:
+        bound: dict[str, Cut] = {}
+
+        def cut(rows: Sequence[Row]) -> list[Example]:
+            name = _detect(rows[0], reader)
+            if name not in bound:
+                bound[name] = FORMATS[name]()(reader)
+            return bound[name](rows)
 
         return cut
 
     return bind
 
 
-def _detect(row: Row) -> str:
-    needs = {"text": {"text"}, "pairs": {"prompt", "completion"}, "messages": {"messages"}}
-    fits = [name for name, columns in needs.items() if columns <= set(row)]
+def _detect(row: Row, reader: Reader) -> str:
+    known = ("text", "pairs", "messages") if not reader.classes else ("tags",) if reader.per_token else ("labels",)
+    fits = [name for name in known if set(COLUMNS[name]) <= set(row)]
     if len(fits) == 1:
         return fits[0]
-    said = (
-        f"both {' and '.join(fits)} fit"
-        if fits
-        else "no format fits: text needs 'text', pairs 'prompt' and 'completion', messages 'messages'"
+    needs = ", ".join(f"{name} needs {' and '.join(map(repr, COLUMNS[name]))}" for name in known)
+    said = f"both {' and '.join(fits)} fit" if fits else f"no format fits: {needs}"
+    raise ValueError(
+        f"The columns are {columns.names(row)}; {said}. Set format.name, and the columns as its keys (format.prompt=question, say)."
     )
-    raise ValueError(f"The columns are {_names(row)}; {said}. Set format.name, and the columns as its keys (format.prompt=question, say).")
 
 
 def text(*, column: str = "text", control: bool = False) -> Format:
@@ -57,17 +67,19 @@ def text(*, column: str = "text", control: bool = False) -> Format:
     that it brings is not added again.
     """
 
-    def bind(tokenizer: Tokenizer) -> Cut:
+    def bind(reader: Reader) -> Cut:
+        _check(reader, "text")
+        tokenizer = reader.tokenizer
         end, start = end_id(tokenizer), start_ids(tokenizer)
         opening, ending = (tuple(tokenizer.convert_ids_to_tokens(ids)) for ids in (start[:1], (end,)))
 
-        def cut(row: Row) -> list[Piece]:
-            body = _text(row, column)
+        def pieces(row: Row) -> list[Piece]:
+            body = columns.text(row, column)
             head = () if control and body.startswith(opening) else start
             tail = () if control and body.rstrip().endswith(ending) else (end,)
             return [Piece(ids=head), Piece(body, learned=True, control=control), Piece(ids=tail, learned=True)]
 
-        return cut
+        return lambda rows: encode([pieces(row) for row in rows], tokenizer)
 
     return bind
 
@@ -77,14 +89,45 @@ def pairs(*, prompt: str = "prompt", completion: str = "completion") -> Format:
 
     Each key names a column, or is a template with columns in braces: prompt="Question: {question}\\nAnswer:", completion=" {answer}".
     Nothing is put between the two. They are tokenised apart, and their ids concatenated: no token spans the boundary.
-    """
-    before, after = _template(prompt), _template(completion)
 
-    def bind(tokenizer: Tokenizer) -> Cut:
-        start, end = start_ids(tokenizer), end_id(tokenizer)
-        return lambda row: [Piece(ids=start), Piece(before(row)), Piece(after(row), learned=True), Piece(ids=(end,), learned=True)]
+    An encoder-decoder reads the prompt in its encoder and says the completion, both as the tokenizer frames a text.
+    """
+    before, after = columns.template(prompt), columns.template(completion)
+
+    def bind(reader: Reader) -> Cut:
+        _check(reader, "pairs")
+        if reader.kind == "encoder_decoder":
+            return _answers_apart(reader, before, after)
+        start, end = start_ids(reader.tokenizer), end_id(reader.tokenizer)
+
+        def pieces(row: Row) -> list[Piece]:
+            return [Piece(ids=start), Piece(before(row)), Piece(after(row), learned=True), Piece(ids=(end,), learned=True)]
+
+        return lambda rows: encode([pieces(row) for row in rows], reader.tokenizer)
 
     return bind
+
+
+def _answers_apart(reader: Reader, before: Callable[[Row], str], after: Callable[[Row], str]) -> Cut:
+    """For an encoder-decoder: the decoder starts from its start token and says the completion, to its end."""
+    around, start, end = frame.frame(reader.tokenizer), np.array([reader.start], np.int32), end_id(reader.tokenizer)
+
+    def shorten(long: Example, length: int, input_length: int) -> Example:
+        assert long.inputs is not None
+        tokens, targets, learned = (array[:length] for array in long[:3])
+        return Example(tokens, targets, learned, inputs=long.inputs[around.trim(long.inputs, input_length)], shorten=shorten)
+
+    def example(read: np.ndarray, said: np.ndarray) -> Example:
+        if not len(read):
+            raise ValueError("The prompt is empty, and the tokenizer puts no token of its own around it.")
+        targets = said if said[-1:].tolist() == [end] else np.append(said, np.int32(end))
+        return Example(np.append(start, targets[:-1]), targets, np.ones(len(targets), bool), inputs=read, shorten=shorten)
+
+    def cut(rows: Sequence[Row]) -> list[Example]:
+        framed = zip(around.encode([before(row) for row in rows]), around.encode([after(row) for row in rows]), strict=True)
+        return [example(read.tokens, said.tokens) for read, said in framed]
+
+    return cut
 
 
 LEARN = ("assistant", "all", "last")
@@ -100,14 +143,16 @@ def messages(*, column: str = "messages", learn: str = "assistant") -> Format:
     if learn not in LEARN:
         raise ValueError(f"format.learn={learn!r} is not one of {', '.join(LEARN)}.")
 
-    def bind(tokenizer: Tokenizer) -> Cut:
+    def bind(reader: Reader) -> Cut:
+        _check(reader, "messages")
+        tokenizer = reader.tokenizer
         if not tokenizer.chat_template:
             raise ValueError(
                 "The tokenizer has no chat template, which format 'messages' needs. Set tokenizer.chat_template, or use 'pairs'."
             )
         control = control_tokens(tokenizer)
 
-        def cut(row: Row) -> list[Piece]:
+        def pieces(row: Row) -> list[Piece]:
             typed: list[str] = []  # control tokens that the row's own text spells
             turns, tools = (hide(value, control, typed) for value in (_turns(row, column), _tools(row)))
 
@@ -120,47 +165,28 @@ def messages(*, column: str = "messages", learn: str = "assistant") -> Format:
             spans = [(render(len(turns)), True)] if learn == "all" else _answers(turns, render, control, learn == "last")
             return [p for body, learned in spans for p in reveal(body, typed, Piece(learned=learned, control=True, stops=learn != "all"))]
 
-        return cut
+        return lambda rows: encode([pieces(row) for row in rows], tokenizer)
 
     return bind
 
 
-FORMATS: dict[str, Callable[..., Format]] = {"auto": auto, "text": text, "pairs": pairs, "messages": messages}
+FORMATS: dict[str, Callable[..., Format]] = {
+    "auto": auto, "text": text, "pairs": pairs, "messages": messages, "labels": labels, "tags": tags,
+}  # fmt: skip
 
 
-# Columns.
-
-
-def _names(row: Row) -> str:
-    return ", ".join(repr(name) for name in row)
-
-
-def _value(row: Row, column: str) -> Any:
-    if column not in row:
-        raise ValueError(f"There is no column {column!r}; the columns are {_names(row)}.")
-    return row[column]
-
-
-def _text(row: Row, column: str) -> str:
-    value = _value(row, column)
-    if not isinstance(value, str):
-        raise ValueError(f"Column {column!r} is {'null' if value is None else repr(value)[:60]}; text is needed there.")
-    return value
-
-
-def _template(template: str) -> Callable[[Row], str]:
-    """Fills columns into a template; without braces it is a column's name."""
-    if "{" not in template and "}" not in template:
-        return lambda row: _text(row, template)
-    try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ValueError(f"The template {template!r} is malformed: {error}. A brace that is text is written twice.") from None
-    if not any(field for _, field, _, _ in parsed) or any(field == "" or spec or convert for _, field, spec, convert in parsed):
+def _check(reader: Reader, name: str) -> None:
+    """ValueError unless the model says text, as the format teaches it to."""
+    if reader.classes:
+        remedy = "tags" if reader.per_token else "labels"
+        raise ValueError(f"Format {name!r} teaches to say text, and the model chooses among its classes. Set format.name={remedy}.")
+    if reader.kind == "encoder":
         raise ValueError(
-            f"The template {template!r} must name columns in plain braces: {{question}}. A brace that is text is written twice."
+            f"Format {name!r} teaches to say text, which an encoder does not. Set model.head=sequence_classification and "
+            "format.name=labels, or token_classification and tags."
         )
-    return lambda row: "".join(literal + (_text(row, field) if field else "") for literal, field, _, _ in parsed)
+    if reader.kind == "encoder_decoder" and name != "pairs":
+        raise ValueError(f"An encoder-decoder reads one text and says another, and format {name!r} has one. Set format.name=pairs.")
 
 
 # Conversations.
@@ -168,7 +194,7 @@ def _template(template: str) -> Callable[[Row], str]:
 
 def _turns(row: Row, column: str) -> list[dict[str, Any]]:
     """The turns without their null entries, which tables add to have the same keys everywhere. ValueError for what is no conversation."""
-    turns = _value(row, column)
+    turns = columns.value(row, column)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
         raise ValueError(f'Column {column!r} is {repr(turns)[:60]}; a list of {{"role": ..., "content": ...}} is needed there.')
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in turns]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -28,10 +27,10 @@ AHEAD = 2  # batches that are made before they are asked for
 
 
 class RowSource(Protocol):
-    """Rows by index: each a Batch of numpy arrays [length]."""
+    """Rows by index: each a Batch of numpy arrays, all alike."""
 
     @property
-    def length(self) -> int: ...
+    def abstract(self) -> Batch: ...  # shape and dtype of a row, as jax.ShapeDtypeStruct
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Batch: ...
 
@@ -105,27 +104,28 @@ def _order(count: int, seed: int) -> Callable[[int], int]:
     return lambda place: int(stream[place])  # pyright: ignore[reportArgumentType]
 
 
+def abstract(rows: RowSource, count: int, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a batch of so many rows."""
+    sharding = meshes.rows(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding), rows.abstract)
+
+
 def place(rows: RowSource, indices: Sequence[int] | np.ndarray, mesh: Mesh) -> Batch:
     """The global batch of these rows; an index past the last row stands for padding. Only the rows of this process's devices are built."""
-    shape = (len(indices), rows.length)
-    sharding = meshes.rows(mesh)
+    leaves, structure = jax.tree.flatten(abstract(rows, len(indices), mesh))
+    blank = [np.zeros(leaf.shape[1:], leaf.dtype) for leaf in leaves]
 
-    @functools.cache  # devices that hold the same rows, and the five arrays, share one piece
-    def piece(start: int, stop: int) -> Batch:
-        chosen = [rows[int(i)] if i < len(rows) else _blank(rows.length) for i in indices[start:stop]]
-        return jax.tree.map(lambda *arrays: np.stack(arrays), *chosen)
+    @functools.cache  # devices that hold the same rows, and the arrays, share one piece
+    def piece(start: int, stop: int) -> list[np.ndarray]:
+        chosen = [jax.tree.leaves(rows[int(i)]) if i < len(rows) else blank for i in indices[start:stop]]
+        return [np.stack(arrays) for arrays in zip(*chosen, strict=True)]
 
-    def held(name: str, index: tuple[slice, ...] | None) -> np.ndarray:
+    def held(number: int, index: tuple[slice, ...] | None) -> np.ndarray:
         assert index
-        return getattr(piece(*index[0].indices(len(indices))[:2]), name)
+        return piece(*index[0].indices(len(indices))[:2])[number]
 
-    names = (field.name for field in dataclasses.fields(Batch))
-    return Batch(*(jax.make_array_from_callback(shape, sharding, functools.partial(held, name)) for name in names))
-
-
-def _blank(length: int) -> Batch:
-    zeros = np.zeros(length, np.int32)
-    return Batch(zeros, zeros, np.zeros(length, np.float32), zeros, zeros)
+    arrays = [jax.make_array_from_callback(x.shape, x.sharding, functools.partial(held, i)) for i, x in enumerate(leaves)]
+    return structure.unflatten(arrays)
 
 
 def prefetch(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+BLOCK = 8192  # examples
+
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Best fit, decreasing: the longest example first, each into the fullest row that still takes it (Johnson, 1973).
@@ -37,10 +39,40 @@ def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> tuple[np.ndarray
             by_room[left] = []
             bisect.insort(rooms, left)
         by_room[left].append(row)
-    rows = sorted(sorted(row) for row in rows)
-    return np.array([example for row in rows for example in row], np.int64), np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return _flat(rows)
+
+
+def pack_sides(sizes: np.ndarray, capacities: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The same for examples of several sizes [n, k] that must all fit a row: the encoder's and the decoder's tokens.
+
+    The fullest row is that with the least room, summed over the k as shares of their capacities. To stay quick with many examples, BLOCK
+    of them after one another are packed at a time, and share no row with others.
+    """
+    most = np.asarray(capacities, np.int64)
+    if len(sizes) and not (sizes.min() >= 1 and (sizes <= most).all()):
+        raise ValueError(f"Lengths {sizes.min(0)}..{sizes.max(0)} do not fit rows of {most} tokens.")
+    rows: list[list[int]] = []
+    for first in range(0, len(sizes), BLOCK):
+        block, begun = sizes[first : first + BLOCK], len(rows)
+        room, total = np.tile(most[:, None], len(block)), np.full(len(block), float(len(most)))
+        for example in np.argsort(-(block / most).max(1), kind="stable"):
+            size, tried = block[example], slice(len(rows) - begun + 1)  # one more than there are: an empty row always fits
+            fits = (room[:, tried] >= size[:, None]).all(0)
+            row = int(np.argmin(np.where(fits, total[tried], np.inf)))
+            if row == len(rows) - begun:
+                rows.append([])
+            rows[begun + row].append(first + int(example))
+            room[:, row] -= size
+            total[row] = (room[:, row] / most).sum()
+    return _flat(rows)
 
 
 def apart(count: int) -> tuple[np.ndarray, np.ndarray]:
     """One example per row, as `pack` returns it."""
     return np.arange(count, dtype=np.int64), np.arange(count + 1, dtype=np.int64)
+
+
+def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """(order, starts) of rows of examples."""
+    rows = sorted(sorted(row) for row in rows)
+    return np.array([example for row in rows for example in row], np.int64), np.cumsum([0, *map(len, rows)], dtype=np.int64)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tuning.data.reader import Example, Tokenizer
+
 SPACES = ("▁", "Ġ")  # how SentencePiece and byte-level tokenizers write a space
 BREAK = "\n"  # no tokenizer that does so joins it with what follows; if one did, it would be an error
-Tokenizer = Any  # a transformers PreTrainedTokenizerBase, handed in: importing transformers takes most of a second
 
 
 class Piece(NamedTuple):
@@ -35,15 +36,8 @@ class Piece(NamedTuple):
     stops: bool = False
 
 
-class Example(NamedTuple):
-    """tokens int32 [n]; learned bool [n], whether each token is to be learned as a target."""
-
-    tokens: np.ndarray
-    learned: np.ndarray
-
-
 def encode(cuts: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> list[Example]:
-    """The examples of many rows, one call of the tokenizer for all pieces of a kind."""
+    """The examples of many rows, one call of the tokenizer for all pieces of a kind. Each token's target is the token after it."""
     names = special_tokens(tokenizer)
     special = frozenset(names)
     prefixed = "".join(tokenizer.tokenize("a")).startswith(SPACES)  # SentencePiece puts a space before a text: right only at its start
@@ -61,7 +55,7 @@ def encode(cuts: Sequence[Sequence[Piece]], tokenizer: Tokenizer) -> list[Exampl
             if not control and not special.isdisjoint(tokens):
                 raise ValueError(f"The tokenizer makes a control token of plain text: {cuts[i][j].text[:60]!r}.")
             ids[i][j] = tokens
-    return [_example(pieces, tokens, special) for pieces, tokens in zip(cuts, ids, strict=True)]
+    return [_example(pieces, tokens, special, pad_id(tokenizer)) for pieces, tokens in zip(cuts, ids, strict=True)]
 
 
 def _ending(piece: Piece, names: Mapping[int, str]) -> str:
@@ -82,7 +76,7 @@ def _tokenise(texts: list[str], tokenizer: Tokenizer, control: bool, before: str
     return [tokens[len(known) :] for tokens in found]
 
 
-def _example(pieces: Sequence[Piece], ids: Sequence[Sequence[int]], special: frozenset[int]) -> Example:
+def _example(pieces: Sequence[Piece], ids: Sequence[Sequence[int]], special: frozenset[int], pad: int) -> Example:
     tokens = np.array([*itertools.chain.from_iterable(ids)], np.int32)
     learned = np.zeros(len(tokens), bool)
     at = 0
@@ -93,7 +87,9 @@ def _example(pieces: Sequence[Piece], ids: Sequence[Sequence[int]], special: fro
                 count -= 1
         learned[at : at + count] = piece.learned
         at += len(part)
-    return Example(tokens, learned)
+    targets, counts = np.full_like(tokens, pad), np.zeros_like(learned)  # the last token is followed by nothing
+    targets[:-1], counts[:-1] = tokens[1:], learned[1:]
+    return Example(tokens, targets, counts)
 
 
 def start_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -112,6 +108,11 @@ def end_id(tokenizer: Tokenizer) -> int:
             "tokenizer_config.json to the token that ends a text."
         )
     return tokenizer.eos_token_id
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """What stands where no token is: the tokenizer's padding, or 0."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 # Control tokens.

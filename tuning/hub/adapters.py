@@ -36,6 +36,7 @@ NEUTRAL: dict[str, tuple] = {
 READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "trainable_token_indices")
 INERT = (
     "auto_mapping",
+    "fan_in_fan_out",  # whether the base holds [in, out]: PEFT itself goes by the layer's class
     "base_model_name_or_path",
     "revision",
     "inference_mode",
@@ -72,12 +73,13 @@ def write(
     """
     flat = {name: value if isinstance(value, np.ndarray) else mesh.gather(value) for name, value in tree.flatten(leaves).items()}
     tensors = dict(_files(flat, table))
-    modules = _modules(tensors, layers)
+    modules = _modules(tensors, layers, table)
     settings = {
         "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_model, "revision": revision, "inference_mode": True,
         "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": dropout, "use_rslora": rank_stabilized,
-        "target_modules": modules, "bias": "none", "fan_in_fan_out": False, "use_dora": False, "modules_to_save": None,
+        "target_modules": modules, "bias": "none", "use_dora": False, "modules_to_save": None,
         "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True,
+        "fan_in_fan_out": not all(row.transposed for row in _linear(table)),
     }  # fmt: skip
     if ranks := {value.shape[0] for name, value in tensors.items() if name.endswith(PARTS["a"])} - {rank}:
         raise ValueError(f"The adapters have rank {sorted(ranks)}, not rank={rank}.")
@@ -109,11 +111,11 @@ def settings(directory: Path, table: Table) -> dict[str, Any]:
     modules = {module for name in found if (module := _module(name)) and not name.endswith(ROWS)}
     roles, layers = _roles(modules, table)
     where = f"{directory / CONFIG}: target_modules={json.dumps(raw.get('target_modules'))}"
-    for leaf, pattern in _linear(table):
+    for role, pattern, _ in _linear(table):
         for module in (pattern.format(layer=i) for i in range(layers)):
             if _targeted(module, raw.get("target_modules")) != (module in modules):
                 has = "tensors, and is not named by it" if module in modules else "no tensors, and is named by it"
-                raise ValueError(f"{where}: {module} ({leaf}) has {has}.")
+                raise ValueError(f"{where}: {module} ({role}) has {has}.")
     return {
         "rank": raw.get("r", 8),
         "alpha": float(raw.get("lora_alpha", 8)),  # PEFT's own defaults
@@ -135,12 +137,12 @@ def read(directory: Path, abstract: Tree, table: Table) -> Tree:
     expected: dict[str, tuple[int, ...]] = {}
     values: dict[str, np.ndarray] = {}
     for leaf, target in want.items():
-        place = _place(leaf, table)
+        place = _place(leaf, target.shape, table)
         shape = names.file_shape(target.shape, place)
         expected.update(dict.fromkeys(place.tensors, shape))
         if all(name in tensors and tensors.shape(name) == shape for name in place.tensors):
             parts = [tensors.read(name).T if place.transposed else tensors.read(name) for name in place.tensors]
-            values[leaf] = (np.stack(parts) if place.stacked else parts[0]).astype(target.dtype)
+            values[leaf] = np.stack(parts).reshape(target.shape).astype(target.dtype)
     wrong = [f"{n} {tensors.shape(n)}, expected {shape}" for n, shape in expected.items() if n in tensors and tensors.shape(n) != shape]
     kinds = {
         "missing": [n for n in expected if n not in tensors],
@@ -179,25 +181,25 @@ def _open(directory: Path) -> files.Tensors:
     return files.Tensors(directory, STEM)
 
 
-def _place(leaf: str, table: Table) -> names.Place:
+def _place(leaf: str, shape: Sequence[int], table: Table) -> names.Place:
     """Where an adapter's leaf stands in the file."""
     if leaf in names.ADDED:
-        module = names.place(names.ADDED[leaf], table).tensors[0].removesuffix("weight")
-        return names.Place((f"{PREFIX}{module}{ROWS}",), stacked=False, transposed=False)
+        module = names.place(names.ADDED[leaf], shape, table).tensors[0].removesuffix("weight")
+        return names.Place((f"{PREFIX}{module}{ROWS}",), (), transposed=False)
     head, _, part = leaf.rpartition("/adapter/")
     if part not in PARTS:
         raise ValueError(f"The leaf {leaf} is not LoRA's: a PEFT adapter holds .../adapter/a and .../adapter/b.")
-    base = names.place(f"{head}/kernel", table)
+    base = names.place(f"{head}/kernel", shape, table)
     tensors = tuple(f"{PREFIX}{name.removesuffix('weight')}{PARTS[part]}" for name in base.tensors)
-    return names.Place(tensors, base.stacked, transposed=True)
+    return names.Place(tensors, base.lead, transposed=True)
 
 
 def _files(flat: Mapping[str, np.ndarray], table: Table) -> Iterator[tuple[str, np.ndarray]]:
     """(name, values) of the file's tensors."""
     for leaf, value in flat.items():
-        place = _place(leaf, table)
-        for i, name in enumerate(place.tensors):
-            one = value[i] if place.stacked else value
+        place = _place(leaf, value.shape, table)
+        for index, name in zip(np.ndindex(*place.lead), place.tensors, strict=True):
+            one = value[index]
             yield name, np.ascontiguousarray(one.T if place.transposed else one)
 
 
@@ -209,30 +211,39 @@ def _module(tensor: str) -> str | None:
     return None
 
 
-def _linear(table: Table) -> list[tuple[str, str]]:
-    """(role, module pattern) of the projections inside the layers."""
-    rows = [row for row in table if row.leaf.endswith("/kernel") and "{layer}" in row.tensor]
-    return [(row.leaf.removesuffix("/kernel"), row.tensor.removesuffix(".weight")) for row in rows]
+def _linear(table: Table, within: str = "{layer}") -> list[names.Row]:
+    """(role, module pattern, transposed) of the projections inside the layers."""
+    rows = [row for row in table if row.leaf.endswith("/kernel") and within in row.tensor]
+    return [names.Row(row.leaf.removesuffix("/kernel"), row.tensor.removesuffix(".weight"), row.transposed) for row in rows]
 
 
-def _modules(tensors: Mapping[str, Any], layers: int) -> list[str]:
-    """target_modules: the last parts of the adapted modules' names. ValueError unless all layers have them."""
-    paths = sorted({str(_module(name)) for name in tensors if not name.endswith(ROWS)})
-    suffixes = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    short = {s: n for s in suffixes if (n := sum(path.endswith(f".{s}") for path in paths)) != layers}
-    if short:
+def _pattern(module: str) -> str:
+    """A regular expression for the module in any layer."""
+    return re.escape(module).replace(re.escape("{layer}"), r"(\d+)")
+
+
+def _modules(tensors: Mapping[str, Any], layers: int, table: Table) -> list[str] | str:
+    """target_modules: the last parts of the adapted modules' names, or, where another module's name ends like that too, a regular
+    expression for the whole names. ValueError unless all layers have them."""
+    paths = {str(_module(name)) for name in tensors if not name.endswith(ROWS)}
+    every = [row.tensor for row in _linear(table, "")]
+    counts = {module: sum(re.fullmatch(_pattern(module), path) is not None for path in paths) for module in every}
+    adapted = [module for module in every if counts[module]]
+    if short := {module: counts[module] for module in adapted if counts[module] != layers}:
         raise ValueError(f"An adapter for PEFT must be in all {layers} layers; layers that have it: {short}.")
-    if not suffixes:
+    if not adapted:
         raise ValueError("There is no LoRA leaf (.../adapter/a) to write.")
-    return suffixes
+    last = {module: module.rsplit(".", 1)[-1] for module in every}
+    suffixes = {last[module] for module in adapted}
+    apart = all(counts[module] or last[module] not in suffixes for module in every)
+    return sorted(suffixes) if apart else "|".join(map(_pattern, adapted))
 
 
 def _roles(modules: set[str], table: Table) -> tuple[tuple[str, ...], int]:
     """(roles that are adapted, number of layers). ValueError for a module that the network does not have."""
     roles, layers, left = [], 0, set(modules)
-    for role, pattern in _linear(table):
-        matcher = re.compile(re.escape(pattern).replace(re.escape("{layer}"), r"(\d+)"))
-        hits = {module: int(hit[1]) for module in modules if (hit := matcher.fullmatch(module))}
+    for role, pattern, _ in _linear(table):
+        hits = {module: int(hit[1]) for module in modules if (hit := re.fullmatch(_pattern(pattern), module))}
         left -= hits.keys()
         if hits:
             roles.append(role)

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,12 @@ import ml_dtypes
 import numpy as np
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_JSON_BYTES = 50_000_000  # the index of a checkpoint of a thousand billion parameters has some ten million
 SHARD_BYTES = 5_000_000_000
-WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
-UNWANTED = ["*/*", "consolidated*"]  # other layouts of the same weights
+WANTED = ["*.json", "*.safetensors", "*.jinja", "README.md"]
+WANTED += ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "merges.txt"]
+# Other layouts of the same weights. The folders that stay are the modules of sentence-transformers, such as 1_Pooling and 2_Dense.
+UNWANTED = ["consolidated*", "[!1-9]*/*", "[1-9][!_]*/*", "*/*/*"]
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 TRAINER_STATE = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt")
 DTYPES = {
@@ -37,7 +40,8 @@ CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
 def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     """The local folder of a checkpoint: a folder as it is, or a Hugging Face id such as `owner/name`, downloaded into the hub's cache.
 
-    Only weights in safetensors, configurations and tokenizer files are fetched. ValueError if it is neither a folder nor a reachable id.
+    Only weights in safetensors, configurations, tokenizer files and the model card are fetched. ValueError if it is neither a folder nor a
+    reachable id.
     """
     text = os.fspath(path_or_id)
     if (folder := Path(text).expanduser()).is_dir():
@@ -60,10 +64,12 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. ValueError that names the file if it is not one."""
+    """A JSON object. ValueError that names the file if it is not one, or larger than any that a checkpoint needs."""
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; JSON of more than {MAX_JSON_BYTES:,} is not read. It is not what its name says.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
@@ -121,6 +127,8 @@ def _entry(file: Path, base: int, name: str, info: dict[str, Any]) -> Entry:
     if any(type(n) is not int or n < 0 for n in (*shape, start, stop)):
         raise ValueError(f"tensor {name} has the shape {shape} at {start} to {stop}")
     entry = Entry(file, base + start, shape, np.dtype(DTYPES[code]))
+    if math.prod(max(n, 1) for n in shape) * entry.dtype.itemsize >= 2**63:  # a zero hides it from the count of bytes
+        raise ValueError(f"tensor {name} has the shape {shape}, which no array can have")
     if stop - start != _nbytes(entry):
         raise ValueError(f"tensor {name} has {stop - start} bytes, and its shape {shape} in {code} needs {_nbytes(entry)}")
     return entry
@@ -158,6 +166,13 @@ class Tensors:
     def __iter__(self):
         return iter(self.entries)
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives tensors other names, {now: then}. ValueError if two would have the same."""
+        renamed = {names.get(name, name): entry for name, entry in self.entries.items()}
+        if len(renamed) < len(self.entries):
+            raise ValueError(f"{self.directory} has the same tensor under two names: {', '.join(sorted(names))}.")
+        self.entries = renamed
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self.entries[name].shape
 
@@ -166,11 +181,15 @@ class Tensors:
 
     def read(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
         """The values at `index`, one slice per axis (all of them by default), in the file's dtype. Only their pages are touched."""
+        return np.array(self.view(name, index))
+
+    def view(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
+        """As `read`, but still in the file: no memory is taken, and the values last no longer than the file does."""
         entry = self.entries[name]
         if 0 in entry.shape:
             return np.empty(entry.shape, entry.dtype)[tuple(index)]
         mapped = np.memmap(entry.file, np.uint8, "r", entry.start, (_nbytes(entry),))
-        return np.array(mapped.view(entry.dtype).reshape(entry.shape)[tuple(index)])
+        return np.asarray(mapped).view(entry.dtype).reshape(entry.shape)[tuple(index)]
 
 
 def weight_files(directory: Path, stem: str = "model") -> list[Path]:

@@ -1,193 +1,144 @@
-"""Llama 2 and 3, Mistral, Qwen 2 and Qwen 3: how their config.json reads as a DecoderConfig, and what their tensors are called.
-
-Keys, defaults and meaning are those of transformers' configuration classes. Both layouts are read: `rope_theta`, `rope_scaling` and
-`torch_dtype` of transformers 4, and `rope_parameters` and `dtype` of transformers 5.
-"""
+"""Llama 2 and 3, Mistral, Qwen 2 and Qwen 3, and what other families share with them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from tuning.hub.family import Family, Raw, activation, activation_name, decoder_forms, layer_kinds, rope, size, value, write_rope
 from tuning.hub.names import Row
-from tuning.models.decoder import DecoderConfig
-from tuning.nn.mlp import ACTIVATIONS
+from tuning.models.transformer import TransformerConfig
+from tuning.nn.block import Kind
 
 PROJECTIONS = {
     "attn/q": "self_attn.q_proj", "attn/k": "self_attn.k_proj", "attn/v": "self_attn.v_proj", "attn/o": "self_attn.o_proj",
     "mlp/gate": "mlp.gate_proj", "mlp/up": "mlp.up_proj", "mlp/down": "mlp.down_proj",
 }  # fmt: skip
-SCALES = {
+NORMS = {
     "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
     "attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm",
 }  # fmt: skip
 
-TABLE = (
-    Row("embed/table", "model.embed_tokens.weight"),
-    *(Row(f"{leaf}/kernel", f"model.layers.{{layer}}.{tensor}.weight", transposed=True) for leaf, tensor in PROJECTIONS.items()),
-    *(Row(f"{leaf}/bias", f"model.layers.{{layer}}.{tensor}.bias") for leaf, tensor in PROJECTIONS.items()),
-    *(Row(f"{leaf}/scale", f"model.layers.{{layer}}.{tensor}.weight") for leaf, tensor in SCALES.items()),
-    Row("norm/scale", "model.norm.weight"),
-    Row("head/kernel", "lm_head.weight", transposed=True),
-)
 
-Raw = Mapping[str, Any]  # config.json as it was read
-
-SILU = ("silu", "swish")
-ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def _common(raw: Raw, *, head_dim: int | None, kv_heads: int | None, **features: Any) -> DecoderConfig:
-    """What the four have in common. The features are those that tell them apart. ValueError for what the decoder cannot do."""
-    act = _value(raw, "hidden_act", "silu")
-    act = "silu" if act in SILU else act
-    if act not in ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act={act!r} is not supported; known are {', '.join(ACTIVATIONS)}.")
-    refuse(raw, "attention_dropout", (0, None), "there is no dropout inside attention")
-    width, heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
-    theta, scaling = _rope(raw)
-    return DecoderConfig(
-        vocab_size=_size(raw, "vocab_size"),
-        width=width,
-        layers=_size(raw, "num_hidden_layers"),
-        heads=heads,
-        kv_heads=raw.get("num_key_value_heads", kv_heads) or heads,
-        head_dim=_value(raw, "head_dim", head_dim or width // heads),
-        hidden=_size(raw, "intermediate_size"),
-        max_length=_size(raw, "max_position_embeddings"),
-        rope_theta=theta,
-        rope_scaling=scaling,
-        norm_eps=float(_value(raw, "rms_norm_eps", 1e-6)),
-        activation=act,
-        tied=bool(_value(raw, "tie_word_embeddings", False)),
-        **features,
+def table(projections: dict[str, str] = PROJECTIONS, norms: dict[str, str] = NORMS) -> tuple[Row, ...]:
+    """The tensors of a Llama-like body."""
+    return (
+        Row("embed/table", "model.embed_tokens.weight"),
+        *(Row(f"{leaf}/kernel", f"model.layers.{{layer}}.{tensor}.weight", transposed=True) for leaf, tensor in projections.items()),
+        *(Row(f"{leaf}/bias", f"model.layers.{{layer}}.{tensor}.bias") for leaf, tensor in projections.items()),
+        *(Row(f"{leaf}/scale", f"model.layers.{{layer}}.{tensor}.weight") for leaf, tensor in norms.items()),
+        Row("norm/scale", "model.norm.weight"),
     )
 
 
-def _rope(raw: Raw) -> tuple[float, dict[str, Any] | None]:
-    """(theta, scaling) of either layout. A `rope_scaling` that is not empty comes before `rope_parameters`, as in transformers."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if any(isinstance(value, Mapping) for value in rope.values()):
-        raise ValueError(f"config.json: rope_parameters={dict(rope)} differ between layers, which is not supported yet.")
-    for where in (raw, rope):
-        refuse(where, "partial_rotary_factor", (1, None), "rotary positions turn the whole head")
-    theta = float(_value(rope, "rope_theta", _value(raw, "rope_theta", 10_000.0)))
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_KEYS:
-        raise ValueError(f"config.json: rope_type={kind!r} is not supported; known are {', '.join(ROPE_KEYS)}.")
-    if kind == "default":
-        return theta, None
-    original = _value(
-        raw, "original_max_position_embeddings", _value(rope, "original_max_position_embeddings", raw["max_position_embeddings"])
+def read(raw: Raw, *, head_dim: int | None = None, kv_heads: int | None = None, act: str = "silu", theta: float = 10_000.0, eps: float = 1e-6,
+         tied: bool = False, partial: bool = False, **features: Any) -> TransformerConfig:  # fmt: skip
+    """What Llama-like families have in common; the keywords are the family's defaults, and the features that tell it apart.
+
+    partial  whether only a part of each head may be rotated
+    """
+    width, heads = size(raw, "hidden_size"), size(raw, "num_attention_heads")
+    each = value(raw, "head_dim", head_dim or width // heads)
+    turns = rope(raw, theta=theta)
+    if turns.share != 1 and not partial:
+        raise ValueError(f"config.json: partial_rotary_factor={turns.share} is not supported: this family rotates whole heads.")
+    return TransformerConfig(
+        **{
+            "vocab_size": size(raw, "vocab_size"),
+            "width": width,
+            "layers": size(raw, "num_hidden_layers"),
+            "heads": heads,
+            "kv_heads": raw.get("num_key_value_heads", kv_heads) or heads,
+            "head_dim": each,
+            "hidden": size(raw, "intermediate_size"),
+            "max_length": size(raw, "max_position_embeddings"),
+            "rope_theta": turns.theta,
+            "rope_scaling": turns.scaling,
+            "rotary_dim": 0 if turns.share == 1 else int(each * turns.share),
+            "norm_eps": float(value(raw, "rms_norm_eps", eps)),
+            "activation": activation(raw, default=act),
+            "attention_dropout": float(value(raw, "attention_dropout", 0.0)),
+            "tied": bool(value(raw, "tie_word_embeddings", tied)),
+            **features,
+        }
     )
-    numbers = {**rope, "original_max_position_embeddings": original}
-    if absent := [key for key in ROPE_KEYS[kind] if not isinstance(numbers.get(key), int | float)]:
-        raise ValueError(f"config.json: rope_type={kind!r} needs the numbers {', '.join(absent)}; it says {dict(rope)}.")
-    return theta, {"rope_type": kind, **{key: numbers[key] for key in ROPE_KEYS[kind]}}
 
 
-def read_llama(raw: Raw) -> DecoderConfig:
-    if _size(raw, "hidden_size") % _size(raw, "num_attention_heads"):
-        raise ValueError(
-            f"config.json: a llama's hidden_size={raw['hidden_size']} is a multiple of its {raw['num_attention_heads']} heads."
-        )
-    bias = bool(_value(raw, "attention_bias", False))
-    mlp_bias = bool(_value(raw, "mlp_bias", False))
-    return _common(raw, head_dim=None, kv_heads=None, attention_bias=bias, attention_out_bias=bias, mlp_bias=mlp_bias)
-
-
-def read_mistral(raw: Raw) -> DecoderConfig:
-    refuse(raw, "layer_types", (None,), "Mistral's layers are all alike")
-    window = raw.get("sliding_window", 4096)  # an explicit null means none
-    return _common(raw, head_dim=None, kv_heads=8, window=window)
-
-
-def read_qwen2(raw: Raw) -> DecoderConfig:
-    return _common(raw, head_dim=None, kv_heads=32, window=_qwen_window(raw), attention_bias=True)
-
-
-def read_qwen3(raw: Raw) -> DecoderConfig:
-    bias = bool(_value(raw, "attention_bias", False))
-    features = dict(attention_bias=bias, attention_out_bias=bias, qk_norm=True)
-    return _common(raw, head_dim=128, kv_heads=32, window=_qwen_window(raw), **features)
-
-
-def _qwen_window(raw: Raw) -> int | None:
-    """The window of all layers. ValueError if some layers have one and others do not."""
-    layers = _size(raw, "num_hidden_layers")
-    size = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
-    first = _value(raw, "max_window_layers", 28)
-    by_layer = ["sliding_attention" if size is not None and i >= first else "full_attention" for i in range(layers)]
-    kinds = raw.get("layer_types") or by_layer
-    if len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"} or ("sliding_attention" in kinds and size is None):
-        raise ValueError(f"config.json: layer_types={kinds} do not fit num_hidden_layers={layers} and sliding_window={size}.")
-    if len(set(kinds)) > 1:
-        raise ValueError(
-            f"config.json: {kinds.count('sliding_attention')} of {layers} layers have a sliding window and the others none "
-            f"(max_window_layers={first}); windows that differ between layers are not supported yet."
-        )
-    return size if kinds[0] == "sliding_attention" else None
-
-
-def _write_common(config: DecoderConfig) -> dict[str, Any]:
+def write(c: TransformerConfig) -> dict[str, Any]:
+    """The keys that `read` reads."""
     # Readers of either layout must find the rotary numbers: one that does not would take its default in silence.
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default", **(config.rope_scaling or {})}
+    share = c.rotary_dim / c.head_dim if c.rotary_dim else 1.0
+    parameters = write_rope(c.rope_theta, c.rope_scaling, share)
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.hidden,
-        "max_position_embeddings": config.max_length,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": dict(config.rope_scaling) if config.rope_scaling else None,
-        "rope_parameters": rope,
-        "rms_norm_eps": config.norm_eps,
-        "hidden_act": config.activation,
-        "tie_word_embeddings": config.tied,
-        "attention_dropout": 0.0,
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "intermediate_size": c.hidden,
+        "max_position_embeddings": c.max_length,
+        "rope_theta": c.rope_theta,
+        "rope_scaling": {k: v for k, v in parameters.items() if k != "rope_theta"} if c.rope_scaling else None,
+        "rope_parameters": parameters,
+        "rms_norm_eps": c.norm_eps,
+        "hidden_act": activation_name(c.activation),
+        "tie_word_embeddings": c.tied,
+        "attention_dropout": c.attention_dropout,
     }
 
 
-def write_llama(config: DecoderConfig) -> dict[str, Any]:
-    return {**_write_common(config), "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+def read_llama(raw: Raw) -> TransformerConfig:
+    if size(raw, "hidden_size") % size(raw, "num_attention_heads"):
+        raise ValueError(f"config.json: a llama's hidden_size={raw['hidden_size']} is a multiple of its {raw['num_attention_heads']} heads.")
+    bias, mlp_bias = bool(value(raw, "attention_bias", False)), bool(value(raw, "mlp_bias", False))
+    return read(raw, attention_bias=bias, attention_out_bias=bias, mlp_bias=mlp_bias)
 
 
-def write_mistral(config: DecoderConfig) -> dict[str, Any]:
-    return {**_write_common(config), "sliding_window": config.window}
+def read_mistral(raw: Raw) -> TransformerConfig:
+    window = raw.get("sliding_window", 4096)  # an explicit null means none
+    return read(raw, kv_heads=8, kinds=(Kind(window=window),) * size(raw, "num_hidden_layers"))
 
 
-def write_qwen2(config: DecoderConfig) -> dict[str, Any]:
-    sliding = config.window is not None
-    kinds = ["sliding_attention" if sliding else "full_attention"] * config.layers
-    window = dict(use_sliding_window=sliding, sliding_window=config.window, max_window_layers=0 if sliding else config.layers)
-    return {**_write_common(config), **window, "layer_types": kinds}
+def read_qwen2(raw: Raw, **features: Any) -> TransformerConfig:
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
+    first, layers = value(raw, "max_window_layers", 28), size(raw, "num_hidden_layers")
+    by_layer = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)]
+    kinds = layer_kinds(raw, ("full_attention", "sliding_attention"), by_layer)
+    if "sliding_attention" in kinds and window is None:
+        raise ValueError(f"config.json: layer_types={kinds} have a sliding window, and sliding_window says none.")
+    every = tuple(Kind(window=window if kind == "sliding_attention" else None) for kind in kinds)
+    return read(raw, **{"kv_heads": 32, "kinds": every, "attention_bias": True, **features})
 
 
-def write_qwen3(config: DecoderConfig) -> dict[str, Any]:
-    return {**write_qwen2(config), "attention_bias": config.attention_bias}
+def read_qwen3(raw: Raw, **features: Any) -> TransformerConfig:
+    bias = bool(value(raw, "attention_bias", False))
+    return read_qwen2(raw, head_dim=128, attention_bias=bias, attention_out_bias=bias, qk_norm="head", **features)
 
 
-def refuse(raw: Raw, key: str, neutral: tuple, why: str) -> None:
-    """ValueError if a key has any value but the neutral ones (or is absent)."""
-    if key in raw and raw[key] not in neutral:
-        raise ValueError(f"config.json: {key}={raw[key]!r} is not supported: {why}.")
+def write_llama(c: TransformerConfig) -> dict[str, Any]:
+    return {**write(c), "attention_bias": c.attention_bias, "mlp_bias": c.mlp_bias}
 
 
-def _value(raw: Raw, key: str, default: Any) -> Any:
-    """The key's value; the default where it is absent or null."""
-    value = raw.get(key)
-    return default if value is None else value
+def write_mistral(c: TransformerConfig) -> dict[str, Any]:
+    return {**write(c), "sliding_window": c.kinds[0].window}
 
 
-def _size(raw: Raw, key: str) -> int:
-    value = raw.get(key)
-    if type(value) is not int:
-        raise ValueError(f"config.json: {key}={value!r} must be a whole number.")
-    return value
+def write_qwen2(c: TransformerConfig) -> dict[str, Any]:
+    windows = {kind.window for kind in c.kinds} - {None}
+    kinds = ["full_attention" if kind.window is None else "sliding_attention" for kind in c.kinds]
+    # One number says from which layer on there is a window; layer_types says it for any order.
+    first = next((i for i, kind in enumerate(c.kinds) if kind.window), c.layers)
+    sliding = dict(use_sliding_window=bool(windows), sliding_window=max(windows, default=None), max_window_layers=first)
+    return {**write(c), **sliding, "layer_types": kinds}
+
+
+def write_qwen3(c: TransformerConfig) -> dict[str, Any]:
+    return {**write_qwen2(c), "attention_bias": c.attention_bias}
+
+
+FAMILIES = {
+    "llama": Family(decoder_forms("Llama"), read_llama, write_llama, table()),
+    "mistral": Family(decoder_forms("Mistral"), read_mistral, write_mistral, table()),
+    "qwen2": Family(decoder_forms("Qwen2"), read_qwen2, write_qwen2, table()),
+    "qwen3": Family(decoder_forms("Qwen3"), read_qwen3, write_qwen3, table()),
+}

@@ -1,11 +1,13 @@
 """Tables of names: which published tensors a leaf of ours is made of.
 
-A family's table has one row for each kind of leaf. `{layer}` in a tensor's name means one tensor for each layer, stacked in our leaf.
+A family's table has one row for each kind of leaf. `{layer}` in a tensor's name means one tensor for each layer, stacked in our leaf;
+`{expert}` likewise, inside the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tuning.nn import stack
@@ -23,10 +25,16 @@ Table = Sequence[Row]
 
 
 class Place(NamedTuple):
-    """Where a leaf's values stand. A stacked leaf has one tensor per layer along its first axis, another leaf has just one."""
+    """Where a leaf's values stand.
+
+    tensors     the published tensors, in the order in which they are stacked
+    lead        the leading axes of the leaf along which they are stacked: () for a single tensor, (L,) for one per layer, (L, E) for one
+                per layer and expert
+    transposed  whether each holds [out, in]
+    """
 
     tensors: tuple[str, ...]
-    stacked: bool
+    lead: tuple[int, ...]
     transposed: bool
 
 
@@ -34,18 +42,35 @@ class Place(NamedTuple):
 ADDED = {"embed/added": "embed/table", "head/added": "head/kernel"}
 
 
-def place(leaf: str, table: Table) -> Place:
-    """Where the published checkpoint keeps a leaf. ValueError for a leaf that the family has no tensor for."""
-    span = stack.layer_range(leaf)
-    kind = leaf if span is None else leaf.split("/", 2)[2]
+def place(leaf: str, shape: Sequence[int], table: Table) -> Place:
+    """Where the published checkpoint keeps a leaf of this shape. ValueError for a leaf that the family has no tensor for."""
+    kind, layers = stack.apart(leaf)
     for row in table:
-        if row.leaf == kind and ("{layer}" in row.tensor) == (span is not None):
-            layers = range(*span) if span else [0]
-            return Place(tuple(row.tensor.format(layer=i) for i in layers), span is not None, row.transposed)
+        if row.leaf == kind and ("{layer}" in row.tensor) == (layers is not None):
+            experts = range(shape[1]) if "{expert}" in row.tensor else None
+            lead = tuple(len(axis) for axis in (layers, experts) if axis is not None)
+            numbers = itertools.product(layers or [0], experts or [0])
+            return Place(tuple(row.tensor.format(layer=i, expert=e) for i, e in numbers), lead, row.transposed)
     raise ValueError(f"The leaf {leaf} has no place in this family's published checkpoints.")
 
 
 def file_shape(leaf_shape: Sequence[int], where: Place) -> tuple[int, ...]:
     """The shape of each tensor in the file, from our leaf's."""
-    shape = tuple(leaf_shape[1:] if where.stacked else leaf_shape)
+    shape = tuple(leaf_shape[len(where.lead) :])
     return shape[::-1] if where.transposed else shape
+
+
+# What TensorFlow called the parameters of a LayerNorm, as old files still do.
+OLDER = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+
+
+def respell(wanted: Iterable[str], there: Iterable[str], prefix: str) -> dict[str, str]:
+    """{name in the file: name in the table} for wanted tensors that the file spells otherwise: without or with the prefix of the family's
+    body, or in the older way."""
+    present, found = set(there), {}
+    for name in wanted:
+        if name not in present:
+            forms = [name, name.removeprefix(prefix), prefix + name]
+            forms += [form.removesuffix(new) + old for form in forms for new, old in OLDER if form.endswith(new)]
+            found.update({form: name for form in forms[1:] if form in present})
+    return found

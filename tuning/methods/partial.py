@@ -26,7 +26,7 @@ def partial(outline: Outline, *, leaves: str = "", last_layers: int = 0) -> Meth
     first = outline.layers - last_layers
 
     def tuned(name: str) -> bool:
-        span = layer_range(name)
-        return bool(leaves and tree.matches(leaves, name)) or (last_layers > 0 and span is not None and span[0] >= first)
+        span = None if name.startswith("encoder/") else layer_range(name)  # of an encoder-decoder, the decoder's layers count
+        return bool(leaves and tree.matches(leaves, name)) or (last_layers > 0 and span is not None and span.start >= first)
 
     return Method(tuned=tuned, cuts=(first,) if last_layers else ())

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tuning.core import tree
-from tuning.core.types import Batch, Head, Mean, Tree
+from tuning.core.types import Batch, Head, Inputs, Mean, Tree
 from tuning.nn.cache import Cache
 from tuning.nn.sites import Outline, Site, Sites
 
@@ -37,23 +37,27 @@ class Network:
 
     def apply(self, params: Tree, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Head, dict[str, Mean]]:
         """hidden_BTD, the head and the model's own measures. `key` turns on dropout."""
-        hidden, head, aux, _ = self._call(params, batch, None, key)
+        hidden, head, aux, _ = self._call("__call__", params, batch, None, key)
         return hidden, head, aux
 
     def extend(self, params: Tree, tokens_BT, positions_BT, segments_BT, cache: Cache) -> tuple[jax.Array, Head, Cache]:
         """The same for tokens that follow those in the cache; returns the cache with them."""
         batch = Batch(tokens_BT, None, None, segments_BT, positions_BT)
-        hidden, head, _, cache = self._call(params, batch, cache, None)
+        hidden, head, _, cache = self._call("__call__", params, batch, cache, None)
         return hidden, head, cache
 
-    def _call(self, params: Tree, *inputs):
+    def remember(self, params: Tree, inputs: Inputs, cache: Cache) -> Cache:
+        """The cache of an encoder-decoder, before its first tokens: with what the encoder makes of its inputs."""
+        return self._call("remember", params, inputs, cache)
+
+    def _call(self, method: str, params: Tree, *inputs):
         # nnx.merge fills leaves by position, so a renamed leaf would land silently in another's place.
         if wrong := tree.difference(self.abstract, params):
             raise ValueError(f"These parameters are not this network's: {wrong}.")
         with nnx.use_eager_sharding(False):
             state = jax.tree.map(lambda x: x, self.structure)
             nnx.replace_by_pure_dict(state, params)
-            return nnx.merge(self.graph, state)(*inputs)  # pyright: ignore[reportCallIssue]
+            return getattr(nnx.merge(self.graph, state), method)(*inputs)
 
 
 def build(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:

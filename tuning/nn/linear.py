@@ -1,11 +1,9 @@
-"""Projections, the token embedding and the output head.
+"""Projections and the token embedding.
 
 Shapes: B sequences, T tokens, D width, V vocabulary, N added tokens.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,32 +47,11 @@ class Embedding(nnx.Module):
         return jnp.where(ours_BT[..., None], jnp.take(added_ND, slot_BT.clip(0, added_ND.shape[0] - 1), axis=0), x_BTD)
 
 
-class HeadWeights(nnx.Module):
-    """The output head of a model whose embedding is not tied: W [D, V], and the columns of added tokens as rows [N, D]."""
+class Table(nnx.Module):
+    """Rows that are looked up and learned: positions, token types."""
 
-    def __init__(self, width: int, vocab_size: int, rngs: nnx.Rngs, *, added: tuple[int, int]):
-        self.kernel = nnx.Param(fan_in(rngs.params(), (width, vocab_size)), out_sharding=("embed", "vocab"))
-        self.added = nnx.Param(jnp.zeros((added[1], width)), out_sharding=(None, "embed")) if added[1] else None
+    def __init__(self, rows: int, width: int, rngs: nnx.Rngs):
+        self.table = nnx.Param(small(rngs.params(), (rows, width)), out_sharding=(None, "embed"))
 
-
-def logits(first: int, precision: str, kernel_DV: jax.Array, added_ND: jax.Array | None, x: jax.Array) -> jax.Array:
-    """hidden [..., D] -> logits [..., V] in float32; added tokens take the places from `first` on."""
-    flat = x.reshape(-1, x.shape[-1])
-    with jax.default_matmul_precision(precision):
-        y = jnp.matmul(flat, kernel_DV.astype(x.dtype), preferred_element_type=jnp.float32)
-        if added_ND is not None:
-            extra = jnp.matmul(flat, added_ND.T.astype(x.dtype), preferred_element_type=jnp.float32)
-            y = jnp.concatenate([y[:, :first], extra, y[:, first + added_ND.shape[0] :]], axis=-1)
-    return y.reshape(*x.shape[:-1], -1)
-
-
-def make_head(embedding: Embedding, weights: HeadWeights | None, precision: str) -> jax.tree_util.Partial:
-    """The head as a value: a pytree whose leaves are its weights, so that a loss can differentiate with respect to them."""
-    kernel_DV = embedding.table[...].T if weights is None else weights.kernel[...]
-    added = (embedding if weights is None else weights).added
-    return jax.tree_util.Partial(_logits(embedding.first, precision), kernel_DV, None if added is None else added[...])
-
-
-@functools.cache  # one function per setting, so that jit recognises a head that it has seen
-def _logits(first: int, precision: str):
-    return functools.partial(logits, first, precision)
+    def __call__(self, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return jnp.take(self.table[...], ids_BT, axis=0).astype(dtype)

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from tuning.nn.sites import along_last
 
+# rms: x / rms(x) * scale (Zhang and Sennrich, 2019, arXiv:1910.07467). rms_plus_one: the same, with 1 + scale (Gemma).
+# layer: (x - mean) / deviation * scale + bias (Ba et al., 2016, arXiv:1607.06450). layer_unbiased: the same without a bias.
+NORMS = ("rms", "rms_plus_one", "layer", "layer_unbiased")
 
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
 
-    def __init__(self, size: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(size), out_sharding=("norm",))
-        self.eps = eps
+class Norm(nnx.Module):
+    """One of NORMS over the last axis."""
+
+    def __init__(self, kind: str, size: int, eps: float):
+        start = jnp.zeros(size) if kind == "rms_plus_one" else jnp.ones(size)
+        self.scale = nnx.Param(start, out_sharding=("norm",))
+        self.bias = nnx.Param(jnp.zeros(size), out_sharding=("norm",)) if kind == "layer" else None
+        self.kind, self.eps = kind, eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        def normed(x, scale):
-            y = x.astype(jnp.float32)
-            y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-            return along_last(scale, x) * y.astype(x.dtype)
-
         # Made again in the backward pass: cheaper than keeping what lies between.
-        return jax.checkpoint(normed, prevent_cse=False)(x, self.scale[...])
+        return jax.checkpoint(functools.partial(normalise, self.kind, self.eps), prevent_cse=False)(x, *self.weights)
+
+    @property
+    def weights(self) -> tuple[jax.Array, jax.Array | None]:
+        return self.scale[...], None if self.bias is None else self.bias[...]
+
+
+def normalise(kind: str, eps: float, x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """x [..., D] normalised over its last axis, in x's dtype."""
+    y = x.astype(jnp.float32)
+    if kind.startswith("layer"):
+        y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    if kind == "rms":
+        return along_last(scale, x) * y.astype(x.dtype)
+    y = y * along_last(scale + 1 if kind == "rms_plus_one" else scale, y)
+    return (y if bias is None else y + along_last(bias, y)).astype(x.dtype)

@@ -24,13 +24,13 @@ class Site:
     role    its place in a layer, `attn/q` or `mlp/down`; `head` outside the layers
     shape   (in, out) of its kernel
     axes    the logical axes of its kernel
-    layers  the range of layers [start, stop) whose stacked leaves it belongs to; (0, 0) outside the layers
+    layers  the layers whose stacked leaves it belongs to; none of them outside the layers
     """
 
     role: str
     shape: tuple[int, int]
     axes: tuple[str, str]
-    layers: tuple[int, int] = (0, 0)
+    layers: range = range(0)
 
     def matches(self, target: str) -> bool:
         """Whether a target names this site: by its role, by the role's last part, or as a regular expression for the whole role."""

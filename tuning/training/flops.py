@@ -46,7 +46,7 @@ def flops_per_token(leaves: Mapping[str, tuple[int, ...]], tuned: Callable[[str]
 
     Full tuning gives 6 P + 3 A, adapters in every layer 4 P + 6 N + 3 A, with P elements in matrices, N in adapters and A for attention.
     """
-    layers = max((span[1] for span in map(layer_range, leaves) if span), default=0)
+    layers = max((span.stop for name in leaves if (span := _layers(name))), default=0)
     lowest = min((_place(name, layers) for name in leaves if tuned(name)), default=layers + 2)
     head = HEAD if any(tree.matches(HEAD, name) for name in leaves) else EMBEDDING  # tied: the embedding is the head's matrix
     total = attention_flops * (1 + 2 * (layers - min(max(lowest, 0), layers)) / max(layers, 1))
@@ -63,10 +63,15 @@ def flops_per_token(leaves: Mapping[str, tuple[int, ...]], tuned: Callable[[str]
 
 def _place(name: str, layers: int) -> int:
     """Where a leaf stands: -1 before the layers, its first layer, `layers` for the norm after them, `layers + 1` for the head."""
-    span = layer_range(name)
+    span = _layers(name)
     if span:
-        return span[0]
-    return layers + 1 if name.startswith("head/") else layers if name.startswith("norm/") else -1
+        return span.start
+    return layers + 1 if name.startswith("head/") else layers if name.startswith(("norm/", "decoder/norm/")) else -1
+
+
+def _layers(name: str) -> range | None:
+    """A leaf's layers; those of an encoder stand before the layers of its decoder, which are counted."""
+    return None if name.startswith("encoder/") else layer_range(name)
 
 
 def peak_flops(device: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""The decoder: packing, padding, cuts and caches change nothing about what a token sees."""
+"""The transformer: packing, padding, cuts and caches change nothing about what a token sees."""
 
 import dataclasses
 
@@ -10,9 +10,10 @@ import pytest
 from tests import tiny
 from tuning.core import tree
 from tuning.core.types import Batch
-from tuning.models.decoder import DecoderConfig
+from tuning.models.transformer import TransformerConfig
+from tuning.nn.block import Kind
 
-WINDOWED = dataclasses.replace(tiny.CONFIG, window=5, tied=True, qk_norm=True, attention_bias=True)
+WINDOWED = dataclasses.replace(tiny.CONFIG, kinds=(Kind(window=5),) * 4, tied=True, qk_norm="head", attention_bias=True)
 
 
 def logits(net, params, batch):
@@ -107,7 +108,7 @@ def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match=r"heads=4 must be a multiple of kv_heads=3"):
         dataclasses.replace(tiny.CONFIG, kv_heads=3)
     with pytest.raises(ValueError, match="layers=0"):
-        DecoderConfig(vocab_size=8, width=8, layers=0, heads=1, kv_heads=1, head_dim=8, hidden=8, max_length=8)
+        TransformerConfig(vocab_size=8, width=8, layers=0, heads=1, kv_heads=1, head_dim=8, hidden=8, max_length=8)
 
 
 @pytest.mark.parametrize("precision", ["highest", "default"])

@@ -1,0 +1,282 @@
+"""Routed experts: each token passes through the few feed-forward layers that its router chooses (Shazeer et al., 2017, arXiv:1701.06538).
+
+No expert has a capacity and no token is dropped. Shapes: B sequences, T tokens, D width, E experts, K experts per token, F hidden width of
+an expert; S = B T tokens in one row, M = S K choices of all tokens, ordered by expert; X a device's own experts.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from tuning.core import keys, mesh
+from tuning.core.types import Mean
+from tuning.nn.linear import Linear
+from tuning.nn.mlp import ACTIVATIONS
+from tuning.nn.sites import Site, Sites
+
+Sums = dict[str, jax.Array]
+
+per_expert = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
+
+
+class Experts(nnx.Module):
+    """One projection of every expert: kernel [E, in, out]."""
+
+    def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str, str], rngs: nnx.Rngs):
+        self.kernel = nnx.Param(per_expert(rngs.params(), shape), out_sharding=axes)
+
+
+class MoE(nnx.Module):
+    """sum over the K chosen experts of share * down(activation(gate(x)) * up(x)); a share is the router's softmax over all experts.
+
+    normalize  whether the K shares are divided by their sum
+    The router is a site, `mlp/router`; the experts' kernels are not: adapters leave them as they are, full and partial tuning train them.
+    Logits and shares are float32 whatever the dtype of the rest. The references multiply x by the router in their own dtype and take the
+    softmax in float32, which is the same in float32.
+    """
+
+    def __init__(
+        self, width: int, hidden: int, experts: int, per_token: int, activation: str, normalize: bool,
+        layers: range, sites: Sites, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        if not 1 <= per_token <= experts:
+            raise ValueError(f"per_token={per_token} experts of {experts}: a token goes to at least one expert and at most to all of them.")
+        self.router = Linear(Site("mlp/router", (width, experts), ("embed", "router"), layers), sites, rngs)
+        self.gate = Experts((experts, width, hidden), ("experts", "embed", "mlp"), rngs)
+        self.up = Experts((experts, width, hidden), ("experts", "embed", "mlp"), rngs)
+        self.down = Experts((experts, hidden, width), ("experts", "mlp", "embed"), rngs)
+        self.per_token, self.activation, self.normalize = per_token, activation, normalize
+
+    def __call__(self, x_BTD: jax.Array, real_BT: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Sums]:
+        """y_BTD, and sums over the tokens that are `real` (not padding) for `balance`: chosen_E, probability_E, tokens."""
+        logits_BTE = self.router(x_BTD.astype(jnp.float32), keys.fold(key, "mlp/router"))
+        kernels = [experts.kernel[...].astype(x_BTD.dtype) for experts in (self.gate, self.up, self.down)]
+        settings = self.per_token, self.normalize, self.activation
+        return spread(settings, x_BTD, logits_BTE, real_BT, *kernels)
+
+
+def balance(sums: Sums) -> Mean:
+    """The load balancing loss (Fedus et al., 2021, arXiv:2101.03961, eq. 4 to 6), from the sums of all layers added up.
+
+    E * sum over experts of the share of tokens that chose it times its mean probability: K if all experts are equally loaded. The shares
+    are over all layers at once, and each of a token's K choices counts as one.
+    """
+    tokens = sums["tokens"]
+    total = sums["chosen_E"].size * (sums["chosen_E"] * sums["probability_E"]).sum() / jnp.maximum(tokens, 1)
+    return Mean(total, tokens)
+
+
+def spread(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD) -> tuple[jax.Array, Sums]:
+    """`route` on the devices of `jax.set_mesh`, each for its own rows of the batch, its own experts and its own part of F.
+
+    Where the axis `expert` splits both the rows and the experts, every device of the axis gathers the rows of all, works with the experts
+    that it has, and the results are added on the way back to where the rows belong. (Sending each token only to its experts would move
+    less, but the messages would need a fixed size, and tokens beyond it would be dropped.)
+    """
+    here = jax.sharding.get_abstract_mesh()
+    if here.empty or here.size == 1:
+        return route(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD)
+    rows = mesh.spec(x_BTD.shape, ("batch", None, None), here)
+    expert, fsdp, tensor = mesh.spec(up_EDF.shape, ("experts", "embed", "mlp"), here)
+    gathers = expert is not None and rows[0] is not None
+    apart = tuple(axis for axis in (None if gathers else expert, tensor) if axis is not None)
+
+    def local(x_BTD, logits_BTE, real_BT, gate, up, down):
+        if fsdp is not None:
+            gate, up, down = (jax.lax.all_gather(k, fsdp, axis=i, tiled=True) for k, i in ((gate, 1), (up, 1), (down, 2)))
+        y_BTD, sums = route(settings, x_BTD, logits_BTE, real_BT, gate, up, down, axis=expert, gathers=gathers)
+        return y_BTD[None], jax.tree.map(lambda x: x[None], sums)
+
+    # What is still to be added up leaves with an axis of its own and is added outside: a sum inside would be repeated in the backward pass.
+    specs = (rows, rows, P(*rows[:2]), P(expert, fsdp, tensor), P(expert, fsdp, tensor), P(expert, tensor, fsdp))
+    run = jax.shard_map(local, in_specs=specs, out_specs=(P(apart or None, *rows), P(rows[0])), check_vma=False)
+    y, sums = run(x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD)
+    return mesh.constrain(jax.lax.reduce_sum(y, (0,)), "batch", None, None), jax.tree.map(lambda x: x.sum(0), sums)
+
+
+def route(settings, x_BTD, logits_BTE, real_BT, gate_XDF, up_XDF, down_XFD, axis=None, gathers=False) -> tuple[jax.Array, Sums]:
+    """The sum over those chosen experts that are among the X given, and the sums for `balance` over the rows given.
+
+    axis     the mesh axis that splits the experts, if any
+    gathers  whether it splits the rows too
+    """
+    K, normalize, activation = settings
+    E, X = logits_BTE.shape[-1], up_XDF.shape[0]
+    probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    share_BTK, chosen_BTK = jax.lax.top_k(probability_BTE, K)
+    if normalize:
+        share_BTK = share_BTK / share_BTK.sum(-1, keepdims=True)
+    real_BT1 = real_BT.astype(jnp.float32)[..., None]
+    sums = {
+        "chosen_E": (jax.nn.one_hot(chosen_BTK, E).sum(2) * real_BT1).sum((0, 1)),
+        "probability_E": (probability_BTE * real_BT1).sum((0, 1)),
+        "tokens": real_BT1.sum(),
+    }
+    first = jax.lax.axis_index(axis) * X if axis else 0
+    if gathers:
+        x_BTD, share_BTK, chosen_BTK = (jax.lax.all_gather(y, axis, tiled=True) for y in (x_BTD, share_BTK, chosen_BTK))
+    rows = (x_BTD.reshape(-1, x_BTD.shape[-1]), share_BTK.reshape(-1, K), chosen_BTK.reshape(-1, K) - first)
+    y_BTD = mix(*rows, gate_XDF, up_XDF, down_XFD, E, activation).reshape(x_BTD.shape)
+    return (jax.lax.psum_scatter(y_BTD, axis, tiled=True) if gathers else y_BTD), sums
+
+
+def mix(x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD, experts: int, activation: str) -> jax.Array:
+    """The sum over the experts that are here, [S, D]; those of a token's choices that do not lie in [0, X) are elsewhere."""
+    (S, D), K, X = x_SD.shape, share_SK.shape[1], up_XDF.shape[0]
+    here_SK = (chosen_SK >= 0) & (chosen_SK < X)
+    expert_M = jnp.where(here_SK, chosen_SK, X).reshape(-1)
+    order_M = jnp.argsort(expert_M)
+    back_M = jnp.argsort(order_M)
+    sizes_X = (expert_M[:, None] == jnp.arange(X)[None]).sum(0, dtype=jnp.int32)
+    # Nothing may come in from the rows past the last expert's, where a grouped product may leave anything, NaN too.
+    inside_M1 = (jnp.arange(S * K) < sizes_X.sum())[:, None]
+    settings = block_size(S * K, experts), jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+
+    def multiply(x, kernel) -> jax.Array:
+        return grouped(settings, x, kernel, sizes_X)  # pyright: ignore[reportReturnType]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # as in a layer without experts
+    def gated(gate, up):
+        gate, up = (jnp.where(inside_M1, y, 0) for y in (gate, up))
+        return ACTIVATIONS[activation](gate) * up
+
+    x_MD = to_experts(x_SD, here_SK, order_M, back_M)
+    y_MD = multiply(gated(multiply(x_MD, gate_XDF), multiply(x_MD, up_XDF)), down_XFD)
+    y_SKD = jnp.where(here_SK[..., None], to_tokens(y_MD, order_M, back_M).reshape(S, K, D), 0)
+    return (share_SK[..., None] * y_SKD.astype(jnp.float32)).sum(1).astype(x_SD.dtype)
+
+
+# Both directions and their backward passes gather; left to itself, the backward pass of a gather would scatter.
+
+
+@jax.custom_vjp
+def to_experts(x_SD: jax.Array, here_SK: jax.Array, order_M: jax.Array, back_M: jax.Array) -> jax.Array:
+    """Each token once for each of its choices, in the order of the experts, [M, D]; back undoes order."""
+    return x_SD[order_M // here_SK.shape[1]]
+
+
+def _to_experts_backward(kept, d_MD):
+    here_SK, back_M = kept
+    d_SKD = d_MD[back_M].reshape(*here_SK.shape, -1)
+    return jnp.where(here_SK[..., None], d_SKD, 0).sum(1), None, None, None
+
+
+to_experts.defvjp(
+    lambda x_SD, here_SK, order_M, back_M: (to_experts(x_SD, here_SK, order_M, back_M), (here_SK, back_M)), _to_experts_backward
+)
+
+
+@jax.custom_vjp
+def to_tokens(y_MD: jax.Array, order_M: jax.Array, back_M: jax.Array) -> jax.Array:
+    """The rows of `to_experts` in the order of the tokens and their choices again."""
+    return y_MD[back_M]
+
+
+to_tokens.defvjp(lambda y_MD, order_M, back_M: (y_MD[back_M], order_M), lambda order_M, d_MD: (d_MD[order_M], None, None))
+
+
+def block_size(rows: int, experts: int) -> int:
+    """Rows per piece of work: the largest power of two that is at most the mean number of rows per expert, and at most 1024.
+
+    The pieces then hold at most twice the rows there are, and the time goes into multiplying, not into reading a kernel for each piece.
+    """
+    return min(1024, 1 << (max(1, rows // experts).bit_length() - 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def grouped(settings: tuple[int, str | None], x_MD: jax.Array, kernel_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    """Row by row, x times the kernel of its expert, [M, F]; the first sizes[0] rows belong to expert 0, the next to expert 1, and so on.
+
+    settings  (rows per piece of work, matmul precision)
+    Rows past the last expert's hold anything, and their gradients too: the caller masks them, and gives finite numbers there.
+    The work grows with the rows that have an expert. `jax.lax.ragged_dot` does that on TPU only, and there not for the gradient of the
+    kernel; elsewhere it multiplies every row by every expert.
+    """
+    return _rows(settings, x_MD, kernel_EDF, sizes_E, 1)
+
+
+def _forward(settings, x_MD, kernel_EDF, sizes_E):
+    x, kernel, sizes = x_MD.value, kernel_EDF.value, sizes_E.value
+    return _rows(settings, x, kernel, sizes, 1), (x if kernel_EDF.perturbed else None, kernel, sizes)
+
+
+def _backward(settings, kept, dy_MF):
+    x_MD, kernel_EDF, sizes_E = kept
+    dx_MD = _rows(settings, dy_MF, kernel_EDF, sizes_E, 2)
+    if x_MD is None:  # the kernel does not learn
+        return dx_MD, None, None
+    return dx_MD, _kernels(settings, x_MD, dy_MF, sizes_E), None
+
+
+grouped.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _rows(settings, x_MD, kernel_EDF, sizes_E, contract: int) -> jax.Array:
+    """Each row times its expert's kernel, whose axis `contract` is summed over."""
+    native, loops = (functools.partial(function, settings, contract) for function in (rows_native, rows_loops))
+    return jax.lax.platform_dependent(x_MD, kernel_EDF, sizes_E, tpu=native, default=loops)
+
+
+def rows_native(settings, contract: int, x_MD, kernel_EDF, sizes_E) -> jax.Array:
+    numbers = jax.lax.RaggedDotDimensionNumbers((([1], [contract]), ([], [])), [0], [0])
+    return jax.lax.ragged_dot_general(x_MD, kernel_EDF, sizes_E, numbers, precision=settings[1])
+
+
+def rows_loops(settings, contract: int, x_MD, kernel_EDF, sizes_E) -> jax.Array:
+    block, precision = settings
+
+    def expert(y_MF, own):
+        kernel_DF, start, end = own
+
+        def piece(at, inside, y_MF):
+            x = jax.lax.dynamic_slice_in_dim(x_MD, at, block)
+            y = jax.lax.dot_general(x, kernel_DF, (((1,), (contract - 1,)), ((), ())), precision=precision)
+            before = jax.lax.dynamic_slice_in_dim(y_MF, at, block)
+            return jax.lax.dynamic_update_slice_in_dim(y_MF, jnp.where(inside, y, before), at, 0)
+
+        return _pieces(start, end, x_MD.shape[0], block, piece, y_MF), None
+
+    y_MF = jnp.zeros((x_MD.shape[0], kernel_EDF.shape[3 - contract]), x_MD.dtype)
+    return jax.lax.scan(expert, y_MF, (kernel_EDF, *_spans(sizes_E)))[0]
+
+
+def _kernels(settings, x_MD, dy_MF, sizes_E) -> jax.Array:
+    """For each expert, the transpose of its rows of x times its rows of dy, [E, D, F]; added up in float32."""
+    block, precision = settings
+
+    def expert(_, span):
+        start, end = span
+
+        def piece(at, inside, d_DF):
+            x = jnp.where(inside, jax.lax.dynamic_slice_in_dim(x_MD, at, block), 0)
+            dy = jax.lax.dynamic_slice_in_dim(dy_MF, at, block)
+            numbers = (((0,), (0,)), ((), ()))
+            return d_DF + jax.lax.dot_general(x, dy, numbers, precision=precision, preferred_element_type=jnp.float32)
+
+        zero = jnp.zeros((x_MD.shape[1], dy_MF.shape[1]), jnp.float32)
+        return None, _pieces(start, end, x_MD.shape[0], block, piece, zero).astype(x_MD.dtype)
+
+    return jax.lax.scan(expert, None, _spans(sizes_E))[1]
+
+
+def _spans(sizes_E) -> tuple[jax.Array, jax.Array]:
+    """The first row of each expert, and the one after its last."""
+    ends_E = jnp.cumsum(sizes_E)
+    return ends_E - sizes_E, ends_E
+
+
+def _pieces(start, end, rows: int, block: int, step, carry):
+    """step(first row, which rows of the block are meant [block, 1], carry) for one block after another of the rows [start, end)."""
+
+    def body(i, carry):
+        begin = start + i * block
+        at = jnp.minimum(begin, rows - block)  # the last block would reach past the end
+        row = (at + jnp.arange(block))[:, None]
+        return step(at, (row >= begin) & (row < end), carry)
+
+    return jax.lax.fori_loop(0, -(-(end - start) // block), body, carry)
