@@ -21,7 +21,7 @@ T5 = dict(
     num_heads=4, relative_attention_num_buckets=8, relative_attention_max_distance=20, decoder_start_token_id=0,
 )  # fmt: skip
 # One entry for each variation of a family: `model_type`, `auto` (the AutoModelFor... that makes it; CausalLM if not said), and what its
-# configuration has besides COMMON (`alone`: instead of COMMON; `untied`: the head gets weights of its own though the configuration ties it).
+# configuration has besides COMMON (`alone`: instead of COMMON; `untied`: the head gets its own weights, whatever is said).
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama2": dict(model_type="llama"),
     "llama3": dict(model_type="llama", rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
@@ -38,6 +38,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_window": dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=0, tie_word_embeddings=True),
     "qwen2_mixed": dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=2),
     "qwen3": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True),
+    "mixtral": dict(model_type="mixtral", sliding_window=5, num_local_experts=6),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe", num_hidden_layers=4, head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24,
+        mlp_only_layers=[0, 2], norm_topk_prob=True,
+    ),
     "gpt2": dict(model_type="gpt2"),
     "gpt2_classes": dict(model_type="gpt2", num_hidden_layers=2, n_inner=48, auto="SequenceClassification", num_labels=3),
     "gpt2_body": dict(model_type="gpt2", num_hidden_layers=2, activation_function="relu", auto=""),
@@ -63,11 +68,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mt5": {**T5, "model_type": "mt5", "num_decoder_layers": 4, "untied": True},
     "gemma": dict(model_type="gemma", head_dim=16, hidden_act="gelu", attention_bias=True),
     "gemma2": dict(
-        model_type="gemma2", num_hidden_layers=5, head_dim=16, query_pre_attn_scalar=12, attn_logit_softcapping=2.0,
-        final_logit_softcapping=3.0, sliding_window=5,
+        model_type="gemma2", num_hidden_layers=5, head_dim=16, query_pre_attn_scalar=64, attn_logit_softcapping=2.0,
+        final_logit_softcapping=9.0, sliding_window=5,
     ),
     "gemma3": dict(
-        model_type="gemma3_text", num_hidden_layers=7, head_dim=8, query_pre_attn_scalar=12, sliding_window=5, sliding_window_pattern=3,
+        model_type="gemma3_text", num_hidden_layers=7, head_dim=8, query_pre_attn_scalar=100, sliding_window=5, sliding_window_pattern=3,
         rope_theta=500.0, rope_local_base_freq=20.0, rope_scaling=dict(rope_type="linear", factor=3.0), final_logit_softcapping=9.0,
     ),
     "gemma3_body": dict(model_type="gemma3_text", num_hidden_layers=2, head_dim=8, sliding_window_pattern=1, auto=""),
@@ -97,7 +102,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         model_type="distilbert", auto="SequenceClassification", dim=32, n_layers=3, n_heads=4, hidden_dim=48, num_labels=3
     ),
     "modernbert_masked": dict(
-        model_type="modernbert", auto="MaskedLM", num_hidden_layers=5, local_attention=10, attention_bias=True, mlp_bias=True,
+        model_type="modernbert", auto="MaskedLM", num_hidden_layers=5, local_attention=10, norm_eps=1e-3, attention_bias=True, mlp_bias=True,
         norm_bias=True,
     ),
     "modernbert_classes": dict(

@@ -129,10 +129,17 @@ def sampler(parts: build.Parts):
 
 
 def flops_per_token(parts: build.Parts) -> float:
-    """Model FLOPs of one trained token, attention counted causally over whole rows."""
-    m = parts.model
+    """Model FLOPs of one trained token, attention counted over whole rows."""
+    m, report = parts.model, parts.train.report
     shapes = {name: leaf.shape for name, leaf in tree.flatten(m.layout).items()}
-    return flops.flops_per_token(shapes, m.tuned, m.source.config.attention_flops(parts.train.length))
+
+    def passes(name: str) -> float:
+        if name.startswith("encoder/"):
+            return report.input_tokens / report.tokens
+        routed = name.endswith("kernel") and len(shapes[name]) == 4
+        return m.source.config.per_token / m.source.config.experts if routed else 1.0
+
+    return flops.flops_per_token(shapes, m.tuned, m.source.config.attention_flops(parts.train.length), passes)
 
 
 def peak_flops(where: Mesh) -> float | None:

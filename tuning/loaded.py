@@ -175,12 +175,18 @@ class LoadedModel:
 
         special_tokens  whether the tokenizer puts its own around a prompt; not for text that a chat template has rendered
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [open_ended(self.tokenizer, text, special_tokens) for text in texts]
+        if self.config.head.output != "vocabulary" or self.config.reads == "encoder":
+            raise ValueError(f"This model does not generate: it is an {self.config.reads} with a head over {self.config.head.output}.")
+        texts, net, more = [prompts] if isinstance(prompts, str) else list(prompts), self.model.network, {}
+        if self.config.reads == "encoder_decoder":  # the prompts are the encoder's to read
+            more = dict(remember=net.remember, inputs=[self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"] for text in texts])
+            ids = [[self.config.start]] * len(texts)
+        else:
+            ids = [open_ended(self.tokenizer, text, special_tokens) for text in texts]
         with jax.set_mesh(self.model.mesh):
             out = generate(
-                self.model.network.extend, self.model.empty_cache, self.params, ids, max_new_tokens=max_new_tokens, temperature=temperature,
-                top_k=top_k, top_p=top_p, stop=self.stop, seed=seed, max_length=self.config.max_length,
+                net.extend, self.model.empty_cache, self.params, ids, max_new_tokens=max_new_tokens, temperature=temperature,
+                top_k=top_k, top_p=top_p, stop=self.stop, seed=seed, max_length=self.config.max_length, **more,
             )  # fmt: skip
         return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in out]
 
@@ -190,6 +196,8 @@ class LoadedModel:
 
     def score(self, texts: Sequence[str]) -> list[float]:
         """Mean negative log-likelihood per token (nats) of each text; its first token is not scored."""
+        if self.config.head.output != "vocabulary" or self.config.reads != "decoder":
+            raise ValueError(f"score is for decoders that say what follows; this is an {self.config.reads} over {self.config.head.output}.")
         ids = [self.tokenizer(text)["input_ids"] for text in ([texts] if isinstance(texts, str) else texts)]
         if short := [i for i, tokens in enumerate(ids) if len(tokens) < 2]:
             raise ValueError(f"Text {short[0]} has fewer than two tokens: nothing in it can be predicted.")

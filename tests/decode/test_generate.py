@@ -206,8 +206,9 @@ def two_sided():
     """(extend, empty_cache, params, remember) of a random encoder-decoder with a cut in its decoder."""
     net = network.build(BOTH.construct(NOTHING, CUTS))
     params = jax.jit(net.init)(jax.random.key(0))
-    wide = lambda name, x: 20 * x if name.endswith("table") else x  # noqa: E731  so that tokens and distances count
-    return net.extend, functools.partial(BOTH.empty_cache, cuts=CUTS), tree.map_named(wide, params), net.remember
+    louder = lambda name, x: x * (10 if name.endswith("table") else 3 if "/attn/" in name or "/cross/" in name else 1)  # noqa: E731
+    params = tree.map_named(louder, params)  # so that tokens and distances count
+    return net.extend, functools.partial(BOTH.empty_cache, cuts=CUTS), params, net.remember
 
 
 def answers(two_sided, starts=STARTS, inputs=INPUTS, **settings):
@@ -246,11 +247,6 @@ def test_an_answer_does_not_depend_on_the_rest_of_the_batch_nor_on_padding(two_s
     assert [answers(two_sided, [start], [read])[0] for start, read in zip(STARTS, INPUTS, strict=True)] == answered
     long = list(range(1, 61)) * 2  # another bucket of input lengths
     assert answers(two_sided, [*STARTS, [0]], [*INPUTS, long], pad=33)[: len(INPUTS)] == answered
-
-
-def test_an_answer_ends_before_its_first_stop_token(two_sided, answered):
-    stop = (answered[0][4],)
-    assert answers(two_sided, stop=stop) == [row[: next((i for i, t in enumerate(row) if t in stop), N)] for row in answered]
 
 
 def test_an_encoder_decoder_on_a_mesh_gives_the_same_tokens(two_sided, answered):

@@ -62,6 +62,7 @@ def arguments(net, **more):
         ("gpt2", ("all",), False, (1,)),
         ("gpt2", ("attn/o", "up"), True, ()),
         ("falcon_alibi", ("all",), False, ()),
+        ("mixtral", ("attn/.*",), False, ()),
     ],
 )
 def test_peft_loads_ours_and_gives_our_logits(family, targets, stabilized, cuts, tmp_path, ours, checkpoint_of, ours_of):

@@ -3,6 +3,7 @@
 Shapes: B sequences, T tokens, D width.
 """
 
+import functools
 import json
 import logging
 
@@ -43,8 +44,14 @@ def assert_same(ours, theirs):
 
 
 def said(net, batch):
-    hidden, head, _ = net.network.apply(net.params, batch)
-    return np.asarray(hidden), np.asarray(head(hidden))
+    """(hidden states, what the head makes of them)."""
+    return jax.device_get(_said(net.network.apply, net.params, batch))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _said(apply, params, batch):
+    hidden, head, _ = apply(params, batch)
+    return hidden, head(hidden)
 
 
 OTHERS = [
@@ -257,11 +264,10 @@ def test_dropout_falls_where_transformers_drops(settings, tmp_path, ours, monkey
 def test_a_head_drops_only_while_training(ours_of):
     net, tokens = ours_of("bert_classes"), checkpoints.tokens(2, 8)
     batch, key = batch_of(tokens, np.ones_like(tokens)), jax.random.key(3)
-    hidden, _, _ = net.network.apply(net.params, batch)
-    head = lambda key: net.network.apply(net.params, batch, key)[1]  # noqa: E731
-    assert np.array_equal(head(None)(hidden), head(None)(hidden))
-    assert np.abs(np.asarray(head(key)(hidden)) - head(None)(hidden)).max() > 1e-3
-    assert np.array_equal(head(key)(hidden), head(key)(hidden))
+    hidden, answer = said(net, batch)
+    training = net.network.apply(net.params, batch, key)[1]
+    assert np.abs(np.asarray(training(hidden)) - answer).max() > 1e-3
+    assert np.array_equal(training(hidden), training(hidden))  # a key gives the same ones each time
 
 
 # Sentence encoders.
@@ -328,6 +334,13 @@ def test_a_sentence_encoder_that_is_made_otherwise_is_refused(changed, said, tmp
         sentences.read(sentence_files(tmp_path, **{"pooling": OLD, **changed}))
 
 
+@pytest.fixture(scope="module")
+def hidden_states(ours_of, reference_of):
+    """(ours, those of transformers) of texts with padding behind them."""
+    batch = batch_of(checkpoints.tokens(3, 40) * MASK, MASK)
+    return said(ours_of("bert_pooled"), batch)[0], ask(reference_of("bert_pooled"), batch).last_hidden_state
+
+
 def torch_pool(hidden_BTD, mask_BT, mode):
     real = mask_BT[..., None].float()
     if mode == "max":
@@ -345,15 +358,12 @@ def torch_pool(hidden_BTD, mask_BT, mode):
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("mode", [*sentences.POOLINGS.values(), "cls+max+mean"])
-def test_vectors_of_texts_are_those_of_transformers_pooled_by_hand(mode, normalize, ours_of, reference_of):
-    net, tokens, modes = ours_of("bert_pooled"), checkpoints.tokens(3, 40) * MASK, mode.split("+")
-    hidden = ask(reference_of("bert_pooled"), batch := batch_of(tokens, MASK)).last_hidden_state
-    vectors = torch.cat([torch_pool(hidden, torch.tensor(MASK), one) for one in modes], 1)
+def test_vectors_of_texts_are_those_of_transformers_pooled_by_hand(mode, normalize, hidden_states):
+    (ours, theirs), modes = hidden_states, mode.split("+")
+    vectors = torch.cat([torch_pool(theirs, torch.tensor(MASK), one) for one in modes], 1)
     vectors = torch.nn.functional.normalize(vectors, dim=1) if normalize else vectors
-    got = sentences.pool(jnp.asarray(said(net, batch)[0]), jnp.asarray(MASK), Sentences(tuple(modes), normalize))
+    vectors_of = lambda *x: sentences.pool(*map(jnp.asarray, x), Sentences(tuple(modes), normalize))  # noqa: E731
+    got = vectors_of(ours, MASK)
     assert got.dtype == jnp.float32 and got.shape == (3, 32 * len(modes))
     assert_same(got, vectors)
-    turned = [np.roll(x, 7, 1) for x in (said(net, batch)[0], MASK)]  # padding may stand in front
-    mixed = [np.concatenate([old[1:], new[1:]]) for old, new in zip((said(net, batch)[0], MASK), turned, strict=True)]
-    both = sentences.pool(*map(jnp.asarray, mixed), Sentences(tuple(modes), normalize))
-    assert_same(both[:2], both[2:])
+    assert_same(vectors_of(*(np.roll(x[1:], 7, 1) for x in (ours, MASK))), vectors[1:])  # padding on either side

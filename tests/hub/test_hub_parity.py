@@ -112,7 +112,24 @@ def expected(family, reference_of, config, batch):
     own = torch.log_softmax(said, -1).gather(-1, targets[..., None])[..., 0]
     weights = torch.tensor(weights_of(how, batch))
     (-(own * weights).sum() / weights.sum()).backward()
-    return said.detach().numpy(), {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    return said.detach().numpy(), found | dict(single_experts(found))
+
+
+def single_experts(found):
+    """The gradients of experts under their names on disk; in memory, transformers stacks them."""
+    for name, gradient in found.items():
+        layer, routed, part = name.partition(".mlp.experts.")
+        for e, one in enumerate(gradient if routed else ()):
+            parts = {"w2": one, "down_proj": one}
+            if part == "gate_up_proj":
+                gate, up = np.split(one, 2)
+                parts = {"w1": gate, "w3": up, "gate_proj": gate, "up_proj": up}
+            for part_name, values in parts.items():
+                for home in ("mlp", "block_sparse_moe"):
+                    yield f"{layer}.{home}.experts.{e}.{part_name}.weight", values
+        if name.endswith("mlp.gate.weight"):
+            yield name.replace("mlp.gate", "block_sparse_moe.gate"), gradient
 
 
 def assert_same(got, reference, where=None, bound=1e-5):

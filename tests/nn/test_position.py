@@ -1,4 +1,4 @@
-"""Biases on attention's scores: ALiBi as transformers computes it, and gradients of a bias of either shape."""
+"""Biases on attention's scores, against transformers, and their gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def test_the_bias_of_keys_is_rounded_as_falcon_rounds_it(heads):
     ours = jax.jit(position.alibi_of_keys, static_argnums=0)(heads, positions)
     assert np.array_equal(ours, theirs)
     plain = position.slopes(heads).reshape(-1, 1, 1) * np.arange(2100, dtype=np.float32)
-    assert np.abs(plain - theirs[0]).max() > 0.5  # what the rounding changes
+    assert not np.array_equal(plain, theirs[0])
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 7), (2, 4, 1, 7)])
@@ -38,3 +38,28 @@ def test_a_bias_and_its_gradient_are_those_of_the_plain_formula(shape):
     assert np.abs(ours(bias) - plain(bias)).max() < 1e-5
     gradients = [jax.grad(lambda bias, f=f: (f(bias) * dy).sum())(bias) for f in (ours, plain)]
     assert gradients[0].shape == shape and np.abs(gradients[0] - gradients[1]).max() < 1e-5 * np.abs(gradients[1]).max()
+
+
+# (buckets, longest): T5's own; two that a logarithm not rounded as torch rounds it puts elsewhere; few buckets; more than distances
+@pytest.mark.parametrize("buckets, longest", [(32, 128), (17, 27), (48, 81), (4, 3), (8, 20), (64, 1000), (128, 70)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_distance_has_the_bucket_that_t5_gives_it(buckets, longest, causal):
+    torch = pytest.importorskip("torch")
+    from flax import nnx
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    distances = np.arange(-3 * longest, 3 * longest + 1)
+    theirs = T5Attention._relative_position_bucket(torch.tensor(-distances), not causal, buckets, longest).numpy()
+    with nnx.use_eager_sharding(False):
+        bias = position.RelativeBias(buckets, longest, 2, causal, nnx.Rngs(0))
+    assert np.array_equal(bias.bucket(jnp.asarray(distances)), theirs)
+    assert theirs.max() == (buckets if causal else buckets // 2 * 2) - 1  # the last bucket is reached
+    assert np.array_equal(bias(jnp.asarray(distances)[:, None])[:, :, 0], bias.table[...][theirs].T)
+
+
+@pytest.mark.parametrize("buckets, longest", [(2, 20), (32, 8)])
+def test_a_relative_bias_without_room_for_its_buckets_is_refused(buckets, longest):
+    from flax import nnx
+
+    with pytest.raises(ValueError, match=f"{buckets} buckets .* longest={longest} lie beyond"):
+        position.RelativeBias(buckets, longest, 2, False, nnx.Rngs(0))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tuning.core.types import Batch
+from tuning.core.types import Batch, Mean
 from tuning.objectives.tokens import next_token, sum_losses, token_losses, token_nll
 
 
@@ -99,3 +99,12 @@ def test_settings_out_of_range_are_refused():
         next_token(label_smoothing=1.0)
     with pytest.raises(ValueError, match="chunk=0"):
         next_token(chunk=0)
+
+
+def test_a_routers_imbalance_is_lowered_too():
+    batch = tiny.batch(rows=2)
+    aux = {"balance": Mean(jnp.float32(6.0), jnp.float32(2.0))}
+    forward = lambda batch: (jnp.zeros((2, 16, 8)), head_of(jnp.ones((8, 67))), aux)  # noqa: E731
+    plain, more = (next_token(balance=weight)(forward, batch) for weight in (0.0, 0.5))
+    assert float(more["loss"].value) == pytest.approx(float(plain["loss"].value) + 1.5, rel=1e-6)
+    assert float(more["nll"].value) == pytest.approx(float(plain["nll"].value)) and float(more["balance"].value) == 3

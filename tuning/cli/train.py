@@ -11,11 +11,11 @@ EPILOG = """config:
   --config.SECTION.KEY=VALUE overrides a key; VALUE is written as in Python ("('q', 'v')", True, 1e-4)
 
 sections: each is a part, chosen by SECTION.name where there is a choice; changing the name resets the section
-  model               pretrained (path, adapter, dtype, remat, ...), decoder (a fresh model)
+  model               pretrained (path, head, classes, adapter, dtype, remat, ...), decoder (a fresh model)
   method              full, partial, lora
-  objective           next_token
+  objective           next_token, labels (for a head that classifies)
   data.train          path, split, length, pack, ...; data.eval the same (what is not set there is taken from data.train)
-  data.train.format   auto, text, pairs, messages
+  data.train.format   auto, text, pairs, messages, labels (a class for a text), tags (one for each word)
   optimizer           adamw, adafactor, sgd, lion, muon
   optimizer.schedule  constant, linear, cosine, wsd
   mesh                data, fsdp, tensor (sizes; -1 takes the devices that are left)

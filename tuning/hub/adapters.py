@@ -212,8 +212,8 @@ def _module(tensor: str) -> str | None:
 
 
 def _linear(table: Table, within: str = "{layer}") -> list[names.Row]:
-    """(role, module pattern, transposed) of the projections inside the layers."""
-    rows = [row for row in table if row.leaf.endswith("/kernel") and within in row.tensor]
+    """(role, module pattern, transposed) of the projections inside the layers, without those of experts, which offer no sites."""
+    rows = [row for row in table if row.leaf.endswith("/kernel") and within in row.tensor and "{expert}" not in row.tensor]
     return [names.Row(row.leaf.removesuffix("/kernel"), row.tensor.removesuffix(".weight"), row.transposed) for row in rows]
 
 

@@ -31,7 +31,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory} has no config.json: it is not a published checkpoint.")
     raw = files.read_json(directory / "config.json")
-    found = families.FAMILIES.get(raw.get("model_type"))
+    found = families.FAMILIES.get(raw.get("model_type", ""))
     return found.untie(raw) if found is not None and found.untie is not None and _has_own_head(directory, raw) else raw
 
 

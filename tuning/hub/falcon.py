@@ -8,7 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuning.hub.family import SPANS, Family, Raw, activation, activation_name, decoder_forms, refuse, rope, size, value, write_rope
+from tuning.hub.family import (
+    SPANS,
+    Family,
+    Raw,
+    activation,
+    activation_name,
+    decoder_forms,
+    refuse,
+    renamed,
+    rope,
+    size,
+    tag_dropout,
+    value,
+    write_rope,
+)
 from tuning.hub.gpt2 import table
 from tuning.hub.names import Row
 from tuning.models.transformer import TransformerConfig
@@ -42,9 +56,10 @@ def tensors(raw: Raw) -> tuple[Row, ...]:
 
 
 def read(raw: Raw) -> TransformerConfig:
+    raw = renamed(raw, {"n_embed": "hidden_size"})
     for key in ("hidden_dropout", "attention_dropout"):
         refuse(raw, key, (0, None), "Falcon drops in places of its own. Set it to 0")
-    width, heads = value(raw, "n_embed", None) or size(raw, "hidden_size"), size(raw, "num_attention_heads")
+    width, heads = size(raw, "hidden_size"), size(raw, "num_attention_heads")
     kv_heads = size(raw, "num_kv_heads", heads)
     if not value(raw, "new_decoder_architecture", False):
         kv_heads = 1 if value(raw, "multi_query", True) else heads
@@ -87,5 +102,5 @@ def write(c: TransformerConfig) -> dict[str, Any]:
     }
 
 
-FORMS = {**decoder_forms("Falcon", classifier="classifier"), "FalconForQuestionAnswering": SPANS}
+FORMS = {**decoder_forms("Falcon", classifier="classifier", rate=lambda raw: tag_dropout(raw, 0.0)), "FalconForQuestionAnswering": SPANS}
 FAMILIES = {"falcon": Family(FORMS, read, write, tensors, prefix="transformer.")}

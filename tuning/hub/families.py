@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuning.core import parts
-from tuning.hub import bert, bloom, falcon, gemma, gpt2, llama, modernbert, neox, olmo2, phi3, smollm3, t5
+from tuning.hub import bert, bloom, falcon, gemma, gpt2, llama, mixtral, modernbert, neox, olmo2, phi3, smollm3, t5
 from tuning.hub.family import Config, Family, Form, Raw, refuse
 from tuning.hub.names import Row, Table
 
 log = logging.getLogger(__name__)
 
 # In the order in which a network that was not read from a checkpoint looks for the first that can express it.
-FAMILIES: dict[str, Family] = {**llama.FAMILIES, **gemma.FAMILIES, **olmo2.FAMILIES, **smollm3.FAMILIES, **phi3.FAMILIES, **gpt2.FAMILIES, **neox.FAMILIES, **falcon.FAMILIES, **bloom.FAMILIES, **t5.FAMILIES, **bert.FAMILIES, **modernbert.FAMILIES}
+FAMILIES: dict[str, Family] = {**llama.FAMILIES, **mixtral.FAMILIES, **gemma.FAMILIES, **olmo2.FAMILIES, **smollm3.FAMILIES, **phi3.FAMILIES, **gpt2.FAMILIES, **neox.FAMILIES, **falcon.FAMILIES, **bloom.FAMILIES, **t5.FAMILIES, **bert.FAMILIES, **modernbert.FAMILIES}
+
+# What to do instead, for model_types that are not read as they are.
+REFUSED: dict[str, str] = {**gemma.REFUSED}
 
 # Keys that name code. Nothing of a checkpoint is ever run, so they are passed over and said to be.
 CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "_attn_implementation", "attn_implementation")
@@ -38,6 +41,8 @@ HEADS = {
 def family(raw: Raw) -> Family:
     """The family of a config.json. ValueError that lists the known ones."""
     kind = raw.get("model_type")
+    if kind in REFUSED:
+        raise ValueError(f"config.json: model_type={kind!r} is not supported: {REFUSED[kind]}.")
     if kind not in FAMILIES:
         guess = parts.suggestion(kind, FAMILIES) if isinstance(kind, str) else ""
         raise ValueError(f"config.json: model_type={kind!r} is not one of {', '.join(FAMILIES)}.{guess}")
@@ -102,21 +107,24 @@ def with_head(raw: Raw, head: str, classes: tuple[str, ...]) -> dict[str, Any]:
 
 def choose(config: Config) -> str:
     """The first model_type whose config.json can say all that the config says. ValueError if there is none."""
-    for name, candidate in FAMILIES.items():
+    for name in FAMILIES:
         with contextlib.suppress(ValueError, AttributeError):  # a network of another shape has not the fields that are asked for
-            raw = {"model_type": name, "architectures": [_form_name(candidate, config)], **candidate.write(config)}
-            if architecture(config_from(raw)) == architecture(config):
+            if architecture(config_from(_written(name, config))) == architecture(config):
                 return name
     raise ValueError(f"None of {', '.join(FAMILIES)} can express this network, so it cannot be exported: {config}.")
 
 
-def _form_name(found: Family, config: Config) -> str:
-    """The class of a family that has the config's kind of head."""
-    for name, candidate in found.forms.items():
-        head = candidate.head({**found.write(config), "id2label": dict(enumerate(config.head.classes)) or None})
+def _written(name: str, config: Config) -> dict[str, Any]:
+    """The config.json of a network as one of this family, with the class that has its kind of head."""
+    forms, raw = FAMILIES[name].forms, {"model_type": name, **FAMILIES[name].write(config)}
+    if config.head.classes:
+        raw["id2label"] = {str(i): label for i, label in enumerate(config.head.classes)}
+        raw.setdefault("classifier_dropout", config.head.dropout)
+    for form_name, candidate in forms.items():
+        head = candidate.head(raw)
         if (head.output, head.pool, bool(head.classes)) == (config.head.output, config.head.pool, bool(config.head.classes)):
-            return name
-    raise ValueError(f"No class of {', '.join(found.forms)} has the head {config.head}.")
+            return {**raw, "architectures": [form_name]}
+    raise ValueError(f"No class of {', '.join(forms)} has the head {config.head}.")
 
 
 def config_to(
@@ -134,11 +142,8 @@ def config_to(
     that can express the network is taken; bos, eos and pad are its special tokens' ids. `config.vocab_size` counts the rows written.
     """
     if original is None:
-        name = choose(config)
         ids = {"bos_token_id": bos, "eos_token_id": list(eos) if isinstance(eos, tuple) else eos, "pad_token_id": pad}
-        head = {"id2label": {str(i): label for i, label in enumerate(config.head.classes)}} if config.head.classes else {}
-        named = {"model_type": name, "architectures": [_form_name(FAMILIES[name], config)], "dtype": dtype}
-        return {**named, **ids, **FAMILIES[name].write(config), **head}  # some write a pad_token_id that positions start from
+        return {"dtype": dtype, **ids, **_written(choose(config), config)}  # some write a pad_token_id, from which positions are counted
     found = family(original)
     raw = {**original, "vocab_size": config.vocab_size}
     raw.setdefault("architectures", [next(iter(found.forms))])

@@ -226,13 +226,19 @@ def bare(raw: Raw) -> HeadConfig:
     return HeadConfig(output="hidden")
 
 
+def tag_dropout(raw: Raw, otherwise: float = 0.1) -> float:
+    """The rate before a decoder's token classifier."""
+    return float(value(raw, "classifier_dropout", value(raw, "hidden_dropout", otherwise)))
+
+
 def decoder_forms(
-    name: str, head: str = "lm_head", body: str = "Model", classifier: str = "score", causal: str = "ForCausalLM", **settings: Any
-) -> dict[str, Form]:
+    name: str, head: str = "lm_head", body: str = "Model", classifier: str = "score", causal: str = "ForCausalLM",
+    rate: Callable[[Raw], float] = tag_dropout, **settings: Any,
+) -> dict[str, Form]:  # fmt: skip
     """The classes that decoders have: causal language model, sequence and token classifier, and the body alone.
 
     name        of the classes, "Llama"; body, the ending of the headless one's name; causal, that of the language model's
-    head        what the language model's output is called; classifier, that of the token classifier
+    head        what the language model's output is called; classifier, that of the token classifier; rate, of dropout before the latter
     settings    of the language model's HeadConfig
     """
     kernel = lambda tensor: Row("head/kernel", f"{tensor}.weight", transposed=True)  # noqa: E731
@@ -240,7 +246,7 @@ def decoder_forms(
         f"{name}{causal}": Form(functools.partial(speaks, **settings), (kernel(head),)),
         f"{name}ForSequenceClassification": Form(functools.partial(sorts, pool="last"), (kernel("score"),)),
         f"{name}ForTokenClassification": Form(
-            functools.partial(sorts, bias=True), (kernel(classifier), Row("head/bias", f"{classifier}.bias"))
+            lambda raw: sorts(raw, bias=True, dropout=rate(raw)), (kernel(classifier), Row("head/bias", f"{classifier}.bias"))
         ),
         f"{name}{body}": Form(bare, bare=True),
     }

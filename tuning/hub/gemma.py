@@ -6,9 +6,7 @@ import functools
 from typing import Any
 
 from tuning.hub import llama
-from tuning.hub.family import (
-    Family, Raw, activation, activation_name, decoder_forms, refuse, rope, size, speaks, value, windows, write_rope,
-)  # fmt: skip
+from tuning.hub.family import Family, Raw, activation, activation_name, decoder_forms, refuse, rope, size, value, windows, write_rope
 from tuning.models.heads import HeadConfig
 from tuning.models.transformer import TransformerConfig
 from tuning.nn.block import Kind
@@ -33,8 +31,8 @@ def read_gemma(raw: Raw) -> TransformerConfig:
     act = "gelu_tanh" if said == "gelu" else said  # the first files say "gelu" and mean its approximation
     if raw.get("hidden_activation") is not None and activation(raw, "hidden_activation") != act:
         raise ValueError(
-            f"config.json: hidden_act={raw.get('hidden_act')!r} and hidden_activation={raw['hidden_activation']!r} differ, and it depends on "
-            "the version of transformers which one counts. Set both to the one that is meant."
+            f"config.json: hidden_act={raw.get('hidden_act')!r} and hidden_activation={raw['hidden_activation']!r} differ, and versions of "
+            "transformers go by one or the other. Set both to the one that is meant."
         )
     return read(raw, kv_heads=16, activation=act)
 
@@ -42,7 +40,7 @@ def read_gemma(raw: Raw) -> TransformerConfig:
 def read_later(raw: Raw, *, period: int, local: str, **features: Any) -> TransformerConfig:
     """What Gemma 2 and 3 have in common: layers have a window, and `local` for their rotation, but for the last of each period."""
     if size(raw, "hidden_size") % size(raw, "num_attention_heads"):
-        raise ValueError(f"config.json: a Gemma's hidden_size={raw['hidden_size']} is a multiple of its {raw['num_attention_heads']} heads.")
+        raise ValueError(f"config.json: hidden_size={raw['hidden_size']} must be a multiple of its {raw['num_attention_heads']} heads.")
     default = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(size(raw, "num_hidden_layers"))]
     kinds = tuple(Kind() if w is None else Kind(w, local) for w in windows(raw, default, raw.get("sliding_window", 4096)))
     scalar = size(raw, "query_pre_attn_scalar", 256)
@@ -96,25 +94,21 @@ def write_gemma3(c: TransformerConfig) -> dict[str, Any]:
 
 def capped(default: float | None, raw: Raw) -> HeadConfig:
     """The language model's head, whose logits may have a soft cap."""
-    return speaks(raw, softcap=cap(raw, "final_logit_softcapping", default))
+    return HeadConfig(softcap=cap(raw, "final_logit_softcapping", default))
 
 
 two, three = decoder_forms("Gemma2"), decoder_forms("Gemma3Text")
+FORMS_2 = {**two, "Gemma2ForCausalLM": two["Gemma2ForCausalLM"]._replace(head=functools.partial(capped, 30.0))}
+FORMS_3 = {
+    "Gemma3ForCausalLM": three["Gemma3TextForCausalLM"]._replace(head=functools.partial(capped, None)),
+    **{name: three[name] for name in ("Gemma3TextForSequenceClassification", "Gemma3TextModel")},
+}
 FAMILIES = {
     "gemma": Family(decoder_forms("Gemma"), read_gemma, write, llama.table()),
-    "gemma2": Family(
-        {**two, "Gemma2ForCausalLM": two["Gemma2ForCausalLM"]._replace(head=functools.partial(capped, 30.0))},
-        read_gemma2, write_later, llama.table(norms=AROUND),
-    ),
-    "gemma3_text": Family(
-        {
-            "Gemma3ForCausalLM": three["Gemma3TextForCausalLM"]._replace(head=functools.partial(capped, None)),
-            **{name: three[name] for name in ("Gemma3TextForSequenceClassification", "Gemma3TextModel")},
-        },
-        read_gemma3, write_gemma3, llama.table(norms=AROUND),
-    ),
-}  # fmt: skip
+    "gemma2": Family(FORMS_2, read_gemma2, write_later, llama.table(norms=AROUND)),
+    "gemma3_text": Family(FORMS_3, read_gemma3, write_gemma3, llama.table(norms=AROUND)),
+}
 REFUSED = {
-    "gemma3": "it reads images too. Take its text model out with transformers, AutoModelForCausalLM.from_pretrained(FROM).model.language_model"
-    ".save_pretrained(TO), copy the tokenizer's files to TO, and load TO with model.head=language_model"
+    "gemma3": "it reads images too. Take the text model out, with transformers: AutoModelForCausalLM.from_pretrained(IN).model"
+    ".language_model.save_pretrained(OUT), copy the tokenizer's files to OUT, and load OUT with model.head=language_model"
 }

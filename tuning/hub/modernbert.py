@@ -44,14 +44,14 @@ def _norms(raw: Raw) -> str:
     return "layer" if value(raw, "norm_bias", False) else "layer_unbiased"
 
 
-def _head(kind: Any, raw: Raw, **settings: Any) -> HeadConfig:
-    """The dense projection and norm that all heads have; `kind` is what they share with other families'."""
+def _head(make: Any, raw: Raw, **settings: Any) -> HeadConfig:
+    """`make`, with the dense projection and the norm that all of its heads have."""
     dense = dict(dense=activation(raw, "classifier_activation", "gelu"), dense_bias=bool(value(raw, "classifier_bias", False)))
-    return kind(raw, **dense, norm=_norms(raw), eps=float(value(raw, "norm_eps", 1e-5)), **settings)
+    return make(raw, **dense, norm=_norms(raw), eps=float(value(raw, "norm_eps", 1e-5)), **settings)
 
 
-def _sorts(raw: Raw, kind: Any = sorts, **settings: Any) -> HeadConfig:
-    return _head(kind, raw, bias=True, dropout=float(value(raw, "classifier_dropout", 0.0)), **settings)
+def _sorts(raw: Raw, make: Any = sorts, **settings: Any) -> HeadConfig:
+    return _head(make, raw, bias=True, dropout=float(value(raw, "classifier_dropout", 0.0)), **settings)
 
 
 def _sequence(raw: Raw) -> HeadConfig:
@@ -70,7 +70,7 @@ def _forms() -> dict[str, Form]:
         ),
         "ModernBertForSequenceClassification": Form(_sequence, classifier),
         "ModernBertForTokenClassification": Form(_sorts, classifier),
-        "ModernBertForQuestionAnswering": Form(functools.partial(_sorts, kind=spans), classifier),
+        "ModernBertForQuestionAnswering": Form(functools.partial(_sorts, make=spans), classifier),
         "ModernBertModel": Form(bare, bare=True),
     }
 

@@ -46,8 +46,10 @@ def place(leaf: str, shape: Sequence[int], table: Table) -> Place:
     """Where the published checkpoint keeps a leaf of this shape. ValueError for a leaf that the family has no tensor for."""
     kind, layers = stack.apart(leaf)
     for row in table:
-        if row.leaf == kind and ("{layer}" in row.tensor) == (layers is not None):
-            experts = range(shape[1]) if "{expert}" in row.tensor else None
+        # Where some layers are routed and others are not, both have a leaf of this name; that of experts has an axis more.
+        per_layer, per_expert = "{layer}" in row.tensor, "{expert}" in row.tensor
+        if row.leaf == kind and per_layer == (layers is not None) and per_expert == (len(shape) == 4):
+            experts = range(shape[1]) if per_expert else None
             lead = tuple(len(axis) for axis in (layers, experts) if axis is not None)
             numbers = itertools.product(layers or [0], experts or [0])
             return Place(tuple(row.tensor.format(layer=i, expert=e) for i, e in numbers), lead, row.transposed)

@@ -33,8 +33,9 @@ def read(raw: Raw) -> TransformerConfig:
         vocab_size=size(raw, "vocab_size"), width=width, layers=size(raw, "num_hidden_layers"), heads=heads, kv_heads=heads,
         head_dim=width // heads, hidden=size(raw, "intermediate_size"), max_length=size(raw, "max_position_embeddings"),
         order="parallel" if value(raw, "use_parallel_residual", True) else "before", norm="layer",
-        norm_eps=float(value(raw, "layer_norm_eps", 1e-5)), rope_theta=turns.theta, rope_scaling=turns.scaling, rotary_dim=0 if turns.share == 1 else rotary_dim,
-        fused="groups", attention_bias=bias, attention_out_bias=bias, activation=activation(raw, default="gelu"), gated=False, mlp_bias=True,
+        norm_eps=float(value(raw, "layer_norm_eps", 1e-5)), rope_theta=turns.theta, rope_scaling=turns.scaling,
+        rotary_dim=0 if turns.share == 1 else rotary_dim, fused="groups", attention_bias=bias, attention_out_bias=bias,
+        activation=activation(raw, default="gelu"), gated=False, mlp_bias=True,
         dropout=float(value(raw, "hidden_dropout", 0.0)), attention_dropout=float(value(raw, "attention_dropout", 0.0)),
         tied=bool(value(raw, "tie_word_embeddings", False)),
     )  # fmt: skip
@@ -65,7 +66,8 @@ def write(c: TransformerConfig) -> dict[str, Any]:
     }
 
 
-FORMS = {**decoder_forms("GPTNeoX", head="embed_out", classifier="classifier"), "GPTNeoXForQuestionAnswering": SPANS}
+RATE = lambda raw: float(value(raw, "classifier_dropout", 0.1))  # noqa: E731
+FORMS = {**decoder_forms("GPTNeoX", head="embed_out", classifier="classifier", rate=RATE), "GPTNeoXForQuestionAnswering": SPANS}
 # Old files store the causal mask and the rotary frequencies.
 IGNORED = r"(^|\.)attention\.(bias|masked_bias|rotary_emb\.inv_freq)$"
 FAMILIES = {"gpt_neox": Family(FORMS, read, write, TABLE, prefix="gpt_neox.", ignored=IGNORED)}

@@ -9,7 +9,9 @@ from tuning.hub.family import Family, Raw, decoder_forms, size, value
 from tuning.models.transformer import TransformerConfig
 from tuning.nn.block import Kind
 
-PROJECTIONS = {"attn/qkv": "self_attn.qkv_proj", "attn/o": "self_attn.o_proj", "mlp/gate_up": "mlp.gate_up_proj", "mlp/down": "mlp.down_proj"}
+PROJECTIONS = {
+    "attn/qkv": "self_attn.qkv_proj", "attn/o": "self_attn.o_proj", "mlp/gate_up": "mlp.gate_up_proj", "mlp/down": "mlp.down_proj",
+}  # fmt: skip
 
 
 def read(raw: Raw) -> TransformerConfig:
@@ -22,14 +24,13 @@ def read(raw: Raw) -> TransformerConfig:
     c = llama.read(
         {**raw, **original, "rope_scaling": None, "rope_parameters": scaling}, eps=1e-5, partial=True, fused="parts", fused_mlp=True,
         kinds=(Kind(window=raw.get("sliding_window")),) * size(raw, "num_hidden_layers"), dropout=dropout,
-        **({"dropped": ("attn", "mlp")} if dropout else {}),
     )  # fmt: skip
     if c.rope_scaling is not None:
         pairs = ((c.rotary_dim or c.head_dim) + 1) // 2
         counts = [len(c.rope_scaling.get(key, ())) for key in ("short_factor", "long_factor")]
         if counts != [pairs, pairs]:
             raise ValueError(f"config.json: rope_scaling={scaling} must have a short_factor and a long_factor with {pairs} numbers each.")
-    return c
+    return c.replace(dropped=("attn", "mlp")) if dropout else c
 
 
 def write(c: TransformerConfig) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class EncoderDecoderConfig:
     reads = "encoder_decoder"
 
     def attention_flops(self, length: float, inputs: float | None = None) -> float:
-        """Forward FLOPs per decoder token of all attention, where the decoder reads `length` tokens and the encoder `inputs`, or as many."""
+        """Forward FLOPs per decoder token of all attention. The decoder reads `length` tokens, and the encoder `inputs`, or as many."""
         read = length if inputs is None else inputs
         cross = 4 * self.layers * read * self.decoder.heads * self.decoder.head_dim
         return self.encoder.attention_flops(read) * read / length + self.decoder.attention_flops(length) + cross

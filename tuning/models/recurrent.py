@@ -133,8 +133,7 @@ class RecurrentNetwork(nnx.Module):
         c = self.config
         with jax.default_matmul_precision(c.precision):
             x_BTD = mesh.constrain(self.embed(batch.tokens, jnp.dtype(c.dtype)), "batch", None, None)
-            y_TBD, read = self.blocks(x_BTD.swapaxes(0, 1), batch.segments, keys.fold(key, "blocks"), cache)
-            y_BTD = y_TBD.swapaxes(0, 1)
+            x_BTD, read = self.blocks(x_BTD, batch.segments, keys.fold(key, "blocks"), cache)
             if c.head.pool == "mean":
-                y_BTD = mean_of_segments(y_BTD, batch.segments)
-            return y_BTD, self.head.bound(self.embed, c.precision), {}, None if cache is None else read
+                x_BTD = mean_of_segments(x_BTD, batch.segments)
+            return x_BTD, self.head.bound(self.embed, c.precision), {}, None if cache is None else read

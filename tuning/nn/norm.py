@@ -41,5 +41,6 @@ def normalise(kind: str, eps: float, x: jax.Array, scale: jax.Array, bias: jax.A
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
     if kind == "rms":
         return along_last(scale, x) * y.astype(x.dtype)
-    y = y * along_last(scale + 1 if kind == "rms_plus_one" else scale, y)
+    factor = along_last(scale, y)  # in float32 before 1 is added: a scale may be kept in bfloat16
+    y = y * (factor + 1 if kind == "rms_plus_one" else factor)
     return (y if bias is None else y + along_last(bias, y)).astype(x.dtype)

@@ -26,8 +26,8 @@ class RelativeBias(nnx.Module):
         exact = (buckets if causal else buckets // 2) // 2
         if not 0 < exact < longest:
             raise ValueError(
-                f"A relative bias of {buckets} buckets has {exact} for single distances: it must have at least 1, and longest={longest} lie "
-                "beyond them. Set relative to more buckets, or to a longer distance."
+                f"A relative bias of {buckets} buckets has {exact} for single distances: there must be one, and longest={longest} lie beyond "
+                "them. Set relative to more buckets, or to a longer distance."
             )
         self.table = nnx.Param(small(rngs.params(), (buckets, heads)), out_sharding=(None, "heads"))
         self.buckets, self.longest, self.causal = buckets, longest, causal
@@ -52,7 +52,7 @@ class RelativeBias(nnx.Module):
 
 def alibi(heads: int, distance_TS: jax.Array) -> jax.Array:
     """[N, T, S] float32: a head's slope times the distance, negative (Press et al., 2021, arXiv:2108.12409)."""
-    return -slopes(heads).reshape(-1, 1, 1) * distance_TS.astype(jnp.float32)[None]
+    return distance_TS.astype(jnp.float32)[None] * -slopes(heads).reshape(-1, 1, 1)
 
 
 def alibi_of_keys(heads: int, positions_BS: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
 """Recurrent layers over packed rows: LSTM and GRU, forward and backward in time.
 
 Arithmetic and the order of the gates are those of torch.nn.LSTM (Hochreiter and Schmidhuber, 1997, Neural Computation 9) and
-torch.nn.GRU (Cho et al., 2014, arXiv:1406.1078, with the reset gate behind the product). Arrays inside are time-major.
-Shapes: T tokens, B sequences, D input width, H state width, G gates times H.
+torch.nn.GRU (Cho et al., 2014, arXiv:1406.1078, with the reset gate behind the product).
+Shapes: B sequences, T tokens, D input width, H state width, G gates times H.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class RecurrentCache:
 
 
 class Marks(NamedTuple):
-    """Where the state begins anew and where it stands still, [T, B, 1] bool."""
+    """Where the state begins anew, and where there is a token to read; [B, T, 1] bool."""
 
     fresh: jax.Array
     real: jax.Array
@@ -55,7 +55,7 @@ def marks(segments_BT: jax.Array, before_B: jax.Array, reverse: bool = False) ->
     last_BT = jax.lax.associative_scan(lambda a, b: jnp.where(b == 0, a, b), known_BT, axis=1)
     fresh_BT = (order_BT != 0) & (order_BT != last_BT[:, :-1])
     fresh_BT = fresh_BT[:, ::-1] if reverse else fresh_BT
-    return Marks(fresh_BT.T[..., None], (segments_BT != 0).T[..., None]), last_BT[:, -1]
+    return Marks(fresh_BT[..., None], (segments_BT != 0)[..., None]), last_BT[:, -1]
 
 
 def _lstm(gates: jax.Array, product: jax.Array, state: State) -> State:
@@ -110,66 +110,66 @@ class How(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def recur(how: How, weights: Any, gates_TBG: jax.Array, where: Marks, start: State, keys_T: jax.Array | None) -> tuple[jax.Array, State]:
-    """(hidden states [T, B, H], 0 at padding; the last state) from what the tokens send to the gates.
+def recur(how: How, weights: Any, gates_BTG: jax.Array, where: Marks, start: State, keys_T: jax.Array | None) -> tuple[jax.Array, State]:
+    """(hidden states [B, T, H], 0 at padding; the last state) from what the tokens send to the gates.
 
     The loop holds the state's product and nothing else of weight. Going back, the gradient of the weights is one product over all times
     after the loop: kept inside, it would be added up, and over devices reduced, once for each token.
     """
-    return _recur(how, weights, gates_TBG, where, start, keys_T)[0]
+    return _recur(how, weights, gates_BTG, where, start, keys_T)[0]
 
 
-def _recur(how: How, weights, gates_TBG, where, start, keys_T):
-    loop = _whole(weights)
-
+def _recur(how: How, weights, gates_BTG, where, start, keys_T):
     def step(state, now):
         gates, (fresh, real), key = now
         before = _reset(state, fresh)
-        product = how.project(loop, before[0].astype(gates.dtype), key)
+        product = how.project(weights, before[0].astype(gates.dtype), key)
         after = how.after(gates, product, before, real)
         return after, (jnp.where(real, after[0], 0).astype(gates.dtype), before, product)
 
     with jax.default_matmul_precision(how.precision):
-        last, (y_TBH, before, product_TBG) = jax.lax.scan(step, start, (gates_TBG, where, keys_T), reverse=how.reverse)
-    return (y_TBH, last), (weights, gates_TBG, product_TBG, before, where, keys_T)
+        over = (*_swap((gates_BTG, where)), keys_T)
+        last, (y_TBH, *kept) = jax.lax.scan(step, start, over, reverse=how.reverse)
+    return (_swap(y_TBH), last), (weights, over, kept)
 
 
 def _recur_backward(how: How, kept, cotangents):
-    weights, gates_TBG, product_TBG, before, where, keys_T = kept
-    loop, hidden_TBH = _whole(weights), before[0].astype(gates_TBG.dtype)
+    weights, over, (before, product_TBG) = kept
+    dy_BTH, d_last = cotangents
 
     def step(d_after, now):
-        gates, product, before, (fresh, real), key, dy = now
+        (gates, (fresh, real), key), before, product, dy = now
         d_after = (d_after[0] + jnp.where(real, dy, 0).astype(jnp.float32), *d_after[1:])
         _, pull = jax.vjp(functools.partial(how.after, real=real), gates, product, before)
         d_gates, d_product, d_before = pull(d_after)
-        _, pull = jax.vjp(lambda hidden: how.project(loop, hidden, key), before[0].astype(gates.dtype))
+        _, pull = jax.vjp(lambda hidden: how.project(weights, hidden, key), before[0].astype(gates.dtype))
         d_before = (d_before[0] + pull(d_product)[0].astype(jnp.float32), *d_before[1:])
         return _reset(d_before, fresh), (d_gates, d_product)
 
     def products(weights):
+        # Sequences first: a product over (T, B) flattened would leave devices no axis to divide.
+        hidden_BTH, keys_T = _swap(before[0]).astype(product_TBG.dtype), over[-1]
         if keys_T is None:
-            return how.project(weights, hidden_TBH, None)
-        return jax.vmap(functools.partial(how.project, weights))(hidden_TBH, keys_T)
+            return how.project(weights, hidden_BTH, None)
+        return jax.vmap(functools.partial(how.project, weights), in_axes=(1, 0), out_axes=1)(hidden_BTH, keys_T)
 
-    dy_TBH, d_last = cotangents
     with jax.default_matmul_precision(how.precision):
-        over = (gates_TBG, product_TBG, before, where, keys_T, dy_TBH)
-        d_start, (d_gates_TBG, d_product_TBG) = jax.lax.scan(step, d_last, over, reverse=not how.reverse)
-        (d_weights,) = jax.vjp(products, weights)[1](d_product_TBG)
-    return d_weights, d_gates_TBG, None, d_start, None
+        every = (over, before, product_TBG, _swap(dy_BTH))
+        d_start, (d_gates_TBG, d_product_TBG) = jax.lax.scan(step, d_last, every, reverse=not how.reverse)
+        (d_weights,) = jax.vjp(products, weights)[1](_swap(d_product_TBG))
+    return d_weights, _swap(d_gates_TBG), None, d_start, None
 
 
 recur.defvjp(_recur, _recur_backward)
 
 
+def _swap(arrays: Any) -> Any:
+    """Between [B, T, ...] and [T, B, ...]."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1), arrays)
+
+
 def _reset(state: State, fresh: jax.Array) -> State:
     return tuple(jnp.where(fresh, 0, x) for x in state)
-
-
-def _whole(weights: Any) -> Any:
-    """The weights gathered before the loop, which would gather their shards for each token."""
-    return jax.tree.map(lambda x: mesh.constrain(x, *[None] * x.ndim), weights)
 
 
 class Direction(nnx.Module):
@@ -183,12 +183,12 @@ class Direction(nnx.Module):
         self.state = Linear(site("state", hidden), sites, rngs, bias=True)
         self.cell, self.role, self.precision = cell, role, precision
 
-    def __call__(self, x_TBD: jax.Array, where: Marks, key: jax.Array | None, start: State) -> tuple[jax.Array, State]:
-        gates_TBG = self.input(x_TBD, keys.fold(key, f"{self.role}/input"))
+    def __call__(self, x_BTD: jax.Array, where: Marks, key: jax.Array | None, start: State) -> tuple[jax.Array, State]:
+        gates_BTG = self.input(x_BTD, keys.fold(key, f"{self.role}/input"))
         key = None if self.state.adapter is None else keys.fold(key, f"{self.role}/state")  # only an adapter draws at random
-        keys_T = None if key is None else jax.random.split(key, x_TBD.shape[0])
+        keys_T = None if key is None else jax.random.split(key, x_BTD.shape[1])
         graph, weights = nnx.split(self.state)
-        return recur(How(self.cell, graph, self.precision, self.role == "backward"), weights, gates_TBG, where, start, keys_T)
+        return recur(How(self.cell, graph, self.precision, self.role == "backward"), weights, gates_BTG, where, start, keys_T)
 
 
 class Layer(nnx.Module):
@@ -201,13 +201,13 @@ class Layer(nnx.Module):
         self.forward = make("forward")
         self.backward = make("backward") if bidirectional else None
 
-    def __call__(self, x_TBD: jax.Array, ways: dict[str, Marks], key: jax.Array | None, start: State) -> tuple[jax.Array, State]:
-        """(states [T, B, H] or [T, B, 2 H], the last one read forward)"""
-        y_TBH, last = self.forward(x_TBD, ways["forward"], key, start)
+    def __call__(self, x_BTD: jax.Array, ways: dict[str, Marks], key: jax.Array | None, start: State) -> tuple[jax.Array, State]:
+        """(states [B, T, H] or [B, T, 2 H], the last one read forward)"""
+        y_BTH, last = self.forward(x_BTD, ways["forward"], key, start)
         if self.backward is None:
-            return y_TBH, last
-        back_TBH, _ = self.backward(x_TBD, ways["backward"], key, start)
-        return jnp.concatenate([y_TBH, back_TBH], axis=-1), last
+            return y_BTH, last
+        back_BTH, _ = self.backward(x_BTD, ways["backward"], key, start)
+        return jnp.concatenate([y_BTH, back_BTH], axis=-1), last
 
 
 class Recurrent(nnx.Module):
@@ -228,7 +228,7 @@ class Recurrent(nnx.Module):
             setattr(self, name, nnx.split_rngs(splits=1)(build)(rngs))
 
     def __call__(
-        self, x_TBD: jax.Array, segments_BT: jax.Array, key: jax.Array | None, cache: RecurrentCache | None
+        self, x_BTD: jax.Array, segments_BT: jax.Array, key: jax.Array | None, cache: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
         """Dropout acts where there is a key. What reads backward knows nothing of a cache."""
         batch = segments_BT.shape[0]
@@ -243,15 +243,15 @@ class Recurrent(nnx.Module):
         for i, name in enumerate(names(self.layers)):
             layer_key = None if key is None else jax.random.fold_in(key, i)
             if i:
-                x_TBD = dropout(x_TBD, self.rate, keys.fold(layer_key, "dropout"))
+                x_BTD = dropout(x_BTD, self.rate, keys.fold(layer_key, "dropout"))
             graph, weights = nnx.split(getattr(self, name))
 
-            def run(weights, x_TBD, layer_key, start, graph=graph):
+            def run(weights, x_BTD, layer_key, start, graph=graph):
                 layer: Any = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], weights))
-                return layer(x_TBD, ways, layer_key, start)
+                return layer(x_BTD, ways, layer_key, start)
 
             if remat != "none":
                 run = jax.checkpoint(run, policy=REMAT[remat])
-            x_TBD, states[name] = run(weights, x_TBD, layer_key, cache.states[name])
-            x_TBD = mesh.constrain(x_TBD, None, "batch", None)
-        return x_TBD, RecurrentCache(states, segment)
+            x_BTD, states[name] = run(weights, x_BTD, layer_key, cache.states[name])
+            x_BTD = mesh.constrain(x_BTD, "batch", None, None)
+        return x_BTD, RecurrentCache(states, segment)

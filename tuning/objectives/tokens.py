@@ -15,23 +15,27 @@ from tuning.core import mesh
 from tuning.core.types import Batch, Forward, Head, Loss, Mean
 
 
-def next_token(*, label_smoothing: float = 0.0, z_loss: float = 0.0, chunk: int = 128) -> Loss:
+def next_token(*, label_smoothing: float = 0.0, z_loss: float = 0.0, balance: float = 0.001, chunk: int = 128) -> Loss:
     """Mean over the weighted targets of -log p(target).
 
     label_smoothing  share of the target's probability that is spread over the vocabulary (Szegedy et al., 2016, arXiv:1512.00567)
     z_loss           weight of logsumexp(logits)^2, which keeps logits from drifting (Chowdhery et al., 2022, arXiv:2204.02311)
+    balance          weight of the load-balancing loss of a mixture of experts (Fedus et al., 2021, arXiv:2101.03961); other models have none
     chunk            tokens of each sequence whose logits exist at a time; at most half a sequence
-    Returns the measures `loss` (what is lowered), `nll` (nats per target, without the two terms above) and `accuracy`.
+    Returns the measures `loss` (what is lowered), `nll` (nats per target, without the terms above), `accuracy`, and those of
+    the model itself, such as `balance`.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"objective.label_smoothing={label_smoothing}: it lies in [0, 1).")
-    if z_loss < 0 or chunk < 1:
-        raise ValueError(f"objective.z_loss={z_loss} must not be negative, objective.chunk={chunk} must be at least 1.")
+    if z_loss < 0 or balance < 0 or chunk < 1:
+        raise ValueError(f"objective: z_loss={z_loss} and balance={balance} must not be negative, chunk={chunk} must be at least 1.")
 
     def loss(forward: Forward, batch: Batch) -> dict[str, Mean]:
         hidden_BTD, head, aux = forward(batch)
         sums: dict[str, jax.Array] = sum_losses((label_smoothing, z_loss, chunk), head, hidden_BTD, batch.targets, batch.weights)  # pyright: ignore
         count = batch.weights.sum()
+        if balance and "balance" in aux:
+            sums = {**sums, "loss": sums["loss"] + balance * aux["balance"].value * count}
         return {**{name: Mean(total, count) for name, total in sums.items()}, **aux}
 
     return loss

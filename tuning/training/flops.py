@@ -37,12 +37,17 @@ PEAKS: Mapping[str, float] = {
 }
 
 
-def flops_per_token(leaves: Mapping[str, tuple[int, ...]], tuned: Callable[[str], bool], attention_flops: float) -> float:
+def flops_per_token(
+    leaves: Mapping[str, tuple[int, ...]], tuned: Callable[[str], bool], attention_flops: float,
+    passes: Callable[[str], float] = lambda name: 1.0,
+) -> float:  # fmt: skip
     """FLOPs per token of one training step; of a forward pass, if no leaf is tuned.
 
     leaves           {name: shape} of all parameters, layers stacked on the first axis
     tuned            whether the leaf of that name learns
     attention_flops  forward FLOPs per token of the attention scores and their use, in all layers
+    passes           how many times a token passes through a leaf: the share of experts that it is routed to; for the leaves of an encoder,
+                     the encoder's tokens for each of the decoder's
 
     Full tuning gives 6 P + 3 A, adapters in every layer 4 P + 6 N + 3 A, with P elements in matrices, N in adapters and A for attention.
     """
@@ -57,7 +62,7 @@ def flops_per_token(leaves: Mapping[str, tuple[int, ...]], tuned: Callable[[str]
             through = lowest <= min(_place(name, layers), layers)
         else:
             continue
-        total += 2 * math.prod(shape) * (1 + through + tuned(name))
+        total += 2 * math.prod(shape) * passes(name) * (1 + through + tuned(name))
     return float(total)
 
 

@@ -178,6 +178,7 @@ def _evaluate(job: Job, state: TrainState, step: int, memory: dict[str, Any]) ->
     if job.sample:
         job.writer.text(step, "samples", job.sample(state))
     shown = f"eval loss {values['eval/loss']:.4f}, perplexity {values['eval/perplexity']:.2f}, accuracy {values['eval/accuracy']:.1%}"
+    shown += f", f1 {values['eval/f1']:.3f}" if "eval/f1" in values else ""
     job.display.say(f"step {step}: {shown}")
     return values
 
