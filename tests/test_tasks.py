@@ -122,6 +122,19 @@ def test_pairs_are_learned_by_decoders_and_by_encoder_decoders(home, tmp_path, f
     assert model.generate(prompt, max_new_tokens=8) == [model.tokenizer.decode(said, skip_special_tokens=True)]
 
 
+@pytest.mark.parametrize(("cell", "method"), [("gru", "full"), ("lstm", "lora")])
+def test_a_recurrent_network_learns_too_and_comes_back(home, tmp_path, cell, method):
+    model = dict(name="recurrent", tokenizer=str(home / "llama2"), cell=cell, width=32, hidden=32, layers=1)
+    c = config(home, "", method, model={**model, "bidirectional": cell == "gru", "classes": ("bad", "good")},
+               data=data(home, ".tsv", {"name": "labels"}, columns=("text", "label")), optimizer={"learning_rate": 3e-2})  # fmt: skip
+    del c["model"]["path"]
+    assert tuning.train(c, tmp_path / "run")["eval/accuracy"] > 0.9
+    model = tuning.load(tmp_path / "run")
+    again = tuning.load(model.export(tmp_path / "out", merge=True))
+    for text in ("the film is warm", "an empty story"):
+        assert again.classify(text)[0] == pytest.approx(model.classify(text)[0], abs=1e-5)
+
+
 def test_a_head_and_an_objective_that_do_not_fit_are_refused(home, tmp_path):
     classes = {"path": str(home / "bert_masked"), "head": "sequence_classification", "classes": ("bad", "good")}
     with pytest.raises(ValueError, match="objective.name=labels"):

@@ -26,7 +26,9 @@ from tuning.hub.names import Table
 from tuning.methods import METHODS
 from tuning.methods.method import Method
 from tuning.models import network as networks
+from tuning.models.heads import HeadConfig
 from tuning.models.network import Network
+from tuning.models.recurrent import RecurrentConfig
 from tuning.models.transformer import TransformerConfig
 from tuning.nn.block import Kind
 from tuning.nn.sites import Outline
@@ -154,6 +156,35 @@ def decoder(
     return Source(config, words, path=tokenizer)
 
 
+def recurrent(
+    *,
+    tokenizer: str,
+    cell: str = "lstm",
+    width: int = 256,
+    hidden: int = 256,
+    layers: int = 2,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    classes: tuple[str, ...] = (),
+    per_token: bool = False,
+    max_length: int = 2048,
+    tied: bool = False,
+    dtype: str = "float32",
+    precision: str = "highest",
+    remat: str = "none",
+) -> Source:
+    """A fresh LSTM or GRU over the vocabulary of a tokenizer: a language model or, with `classes`, a classifier of texts, or of each of
+    their tokens (`per_token`); see RecurrentConfig for the other keys."""
+    words = load_tokenizer(tokenizer)
+    pool = "" if per_token else "mean" if bidirectional else "last"
+    config = RecurrentConfig(
+        vocab_size=len(words), width=width, hidden=hidden, layers=layers, cell=cell, bidirectional=bidirectional, dropout=dropout,
+        max_length=max_length, head=HeadConfig(output="classes", classes=tuple(classes), pool=pool, bias=True) if classes else HeadConfig(),
+        tied=tied, dtype=dtype, precision=precision, remat=remat,
+    )  # fmt: skip
+    return Source(config, words, path=tokenizer)
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a folder or hub id. ValueError if there is none."""
     words = tokenizer.load(files.resolve(path))
@@ -163,7 +194,7 @@ def load_tokenizer(path: str) -> Any:
 
 
 SECTIONS: dict[str, Section] = {
-    "model": Section({"pretrained": pretrained, "decoder": decoder}, "pretrained"),
+    "model": Section({"pretrained": pretrained, "decoder": decoder, "recurrent": recurrent}, "pretrained"),
     "method": Section(METHODS, "lora"),
     "objective": Section(OBJECTIVES, "next_token"),
     "data.train": Section({"": dataset}),

@@ -242,6 +242,16 @@ def test_saving_what_was_read_gives_the_same_bits(family, tmp_path, ours_of, che
     checkpoints.reference(tmp_path, checkpoints.FAMILIES[family].get("auto", "CausalLM"))  # raises if a tensor is missing or unknown
 
 
+def test_a_network_made_here_exports_to_a_family_that_can_express_it(family, tmp_path, ours_of, answers):
+    net = ours_of(family)
+    batch, said, _ = answers(family)
+    checkpoint.save(tmp_path, net.params, net.config)
+    model = checkpoints.reference(tmp_path, checkpoints.FAMILIES[family].get("auto", "CausalLM"))
+    with torch.no_grad():
+        assert_same(said, ask(model, batch).numpy(), batch.segments != 0)
+    assert model.config.bos_token_id is None and model.config.eos_token_id is None  # not the class's own
+
+
 def test_the_parameter_tree_is_the_golden_one(family, ours_of):
     net = ours_of(family)
     axes, leaves = tree.flatten(net.network.axes), tree.flatten(net.params)

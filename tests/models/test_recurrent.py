@@ -57,7 +57,7 @@ def init(net, scale=1.0):
     rng = np.random.default_rng(0)
 
     def leaf(name, abstract):
-        size = 1.0 if name.endswith("table") else abstract.shape[-2] ** -0.5 if name.endswith("kernel") else 0.3
+        size = {"table": 1.0, "bias": 0.3, "a": 0.1, "b": 0.1}.get(name.rsplit("/", 1)[-1]) or abstract.shape[-2] ** -0.5
         return jnp.asarray(scale * size * rng.normal(size=abstract.shape), jnp.float32)
 
     return tree.map_named(leaf, net.abstract)

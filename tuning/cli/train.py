@@ -11,7 +11,7 @@ EPILOG = """config:
   --config.SECTION.KEY=VALUE overrides a key; VALUE is written as in Python ("('q', 'v')", True, 1e-4)
 
 sections: each is a part, chosen by SECTION.name where there is a choice; changing the name resets the section
-  model               pretrained (path, head, classes, adapter, dtype, remat, ...), decoder (a fresh model)
+  model               pretrained (path, head, classes, adapter, dtype, remat, ...), decoder, recurrent (fresh ones)
   method              full, partial, lora
   objective           next_token, labels (for a head that classifies)
   data.train          path, split, length, pack, ...; data.eval the same (what is not set there is taken from data.train)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuning.hub.family import SPANS, Family, Raw, decoder_forms, refuse, renamed, size, tag_dropout, value
 from tuning.hub.falcon import PROJECTIONS
+from tuning.hub.family import SPANS, Family, Raw, decoder_forms, refuse, renamed, size, tag_dropout, value
 from tuning.hub.gpt2 import table
 from tuning.models.transformer import TransformerConfig
 

@@ -9,14 +9,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuning.core import parts
-from tuning.hub import bert, bloom, falcon, gemma, gpt2, llama, mixtral, modernbert, neox, olmo2, phi3, smollm3, t5
+from tuning.hub import bert, bloom, falcon, gemma, gpt2, llama, mixtral, modernbert, neox, olmo2, phi3, recurrent, smollm3, t5
 from tuning.hub.family import Config, Family, Form, Raw, refuse
 from tuning.hub.names import Row, Table
 
 log = logging.getLogger(__name__)
 
 # In the order in which a network that was not read from a checkpoint looks for the first that can express it.
-FAMILIES: dict[str, Family] = {**llama.FAMILIES, **mixtral.FAMILIES, **gemma.FAMILIES, **olmo2.FAMILIES, **smollm3.FAMILIES, **phi3.FAMILIES, **gpt2.FAMILIES, **neox.FAMILIES, **falcon.FAMILIES, **bloom.FAMILIES, **t5.FAMILIES, **bert.FAMILIES, **modernbert.FAMILIES}
+FAMILIES: dict[str, Family] = {
+    name: found
+    for module in (llama, mixtral, gemma, olmo2, smollm3, phi3, gpt2, neox, falcon, bloom, t5, bert, modernbert, recurrent)
+    for name, found in module.FAMILIES.items()
+}
 
 # What to do instead, for model_types that are not read as they are.
 REFUSED: dict[str, str] = {**gemma.REFUSED}
@@ -25,7 +29,7 @@ REFUSED: dict[str, str] = {**gemma.REFUSED}
 CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "_attn_implementation", "attn_implementation")
 
 # How a network computes, and what a run adds to it: not the checkpoint's business.
-RUNTIME = ("dtype", "precision", "remat", "added")
+RUNTIME = ("dtype", "precision", "remat", "added", "dropout", "attention_dropout", "mlp_dropout")
 
 # model.head, and the ending of the class that has it.
 HEADS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuning.hub.family import Family, Raw, activation, activation_name, decoder_forms, layer_kinds, rope, size, value, write_rope
+from tuning.hub.family import Family, Raw, activation, activation_name, decoder_forms, rope, size, value, windows, write_rope
 from tuning.hub.names import Row
 from tuning.models.transformer import TransformerConfig
 from tuning.nn.block import Kind
@@ -103,10 +103,7 @@ def read_qwen2(raw: Raw, **features: Any) -> TransformerConfig:
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
     first, layers = value(raw, "max_window_layers", 28), size(raw, "num_hidden_layers")
     by_layer = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)]
-    kinds = layer_kinds(raw, ("full_attention", "sliding_attention"), by_layer)
-    if "sliding_attention" in kinds and window is None:
-        raise ValueError(f"config.json: layer_types={kinds} have a sliding window, and sliding_window says none.")
-    every = tuple(Kind(window=window if kind == "sliding_attention" else None) for kind in kinds)
+    every = tuple(Kind(window=w) for w in windows(raw, by_layer, window))
     return read(raw, **{"kv_heads": 32, "kinds": every, "attention_bias": True, **features})
 
 

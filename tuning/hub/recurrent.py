@@ -45,7 +45,7 @@ FIELDS = {
 }  # fmt: skip
 # What a config.json may say besides: it belongs to the head, or does not change the network.
 OTHERS = (
-    "model_type", "architectures", "id2label", "label2id", "num_labels", "problem_type", "dtype", "torch_dtype",
+    "model_type", "architectures", "id2label", "label2id", "num_labels", "problem_type", "classifier_dropout", "dtype", "torch_dtype",
     "bos_token_id", "eos_token_id", "pad_token_id", "transformers_version",
 )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,10 +19,8 @@ SUBLAYERS = {
     "encoder": {"attn": "SelfAttention", "mlp": "DenseReluDense"},
     "decoder": {"attn": "SelfAttention", "cross": "EncDecAttention", "mlp": "DenseReluDense"},
 }
-PROJECTIONS = {
-    False: {"mlp/up": "wi", "mlp/down": "wo"},
-    True: {"mlp/gate": "wi_0", "mlp/up": "wi_1", "mlp/down": "wo"},
-}  # by whether the feed-forward layer is gated
+PLAIN = {"mlp/up": "wi", "mlp/down": "wo"}
+GATED = {"mlp/gate": "wi_0", "mlp/up": "wi_1", "mlp/down": "wo"}
 
 
 def table(raw: Raw) -> tuple[Row, ...]:
@@ -35,8 +32,8 @@ def _side(side: str, raw: Raw) -> Iterator[Row]:
     yield Row(f"{side}/relative/table", f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     for number, (name, theirs) in enumerate(SUBLAYERS[side].items()):
         layer = f"{side}.block.{{layer}}.layer.{number}"
-        inside = PROJECTIONS[feed_forward(raw)[1]] if name == "mlp" else {f"{name}/{x}": x for x in "qkvo"}
-        for leaf, tensor in inside.items():
+        feed = GATED if feed_forward(raw)[1] else PLAIN
+        for leaf, tensor in (feed if name == "mlp" else {f"{name}/{x}": x for x in "qkvo"}).items():
             yield Row(f"{side}/{leaf}/kernel", f"{layer}.{theirs}.{tensor}.weight", transposed=True)
         yield Row(f"{side}/{name}_norm/scale", f"{layer}.layer_norm.weight")
     yield Row(f"{side}/norm/scale", f"{side}.final_layer_norm.weight")
@@ -53,12 +50,12 @@ def feed_forward(raw: Raw) -> tuple[str, bool]:
 
 
 def scaled(raw: Raw) -> bool:
-    """Whether the decoder's output is scaled on its way to the vocabulary. Files before transformers 5 say so by their tied head."""
-    return bool(value(raw, "scale_decoder_outputs", raw.get("tie_word_embeddings") is not False))
+    """Whether the decoder's output is scaled on its way to the vocabulary: in T5, where files before transformers 5 say so by a tied head."""
+    said = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False)
+    return bool(said) and raw.get("model_type") != "mt5"
 
 
-def read(raw: Raw, *, start: int | None = None) -> EncoderDecoderConfig:
-    """start: the family's default."""
+def read(raw: Raw) -> EncoderDecoderConfig:
     raw = renamed(raw, OTHER_NAMES)
     refuse(raw, "is_encoder_decoder", (True,), "only the whole network is read, not one side of it")
     refuse(raw, "is_decoder", (False,), "only the whole network is read, not one side of it")
@@ -73,8 +70,8 @@ def read(raw: Raw, *, start: int | None = None) -> EncoderDecoderConfig:
     )  # fmt: skip
     tied = bool(value(raw, "tie_word_embeddings", True))
     decoder = encoder.replace(layers=size(raw, "num_decoder_layers", layers), kinds=(), causal=True, tied=tied)
-    first = value(raw, "decoder_start_token_id", start)
-    return EncoderDecoderConfig(encoder, decoder, first)
+    start = value(raw, "decoder_start_token_id", 0 if raw["model_type"] == "mt5" else None)
+    return EncoderDecoderConfig(encoder, decoder, start)
 
 
 def write(c: EncoderDecoderConfig) -> dict[str, Any]:
@@ -108,11 +105,11 @@ def untie(raw: Raw) -> dict[str, Any]:
     return {**raw, "tie_word_embeddings": False, "scale_decoder_outputs": scaled(raw)}
 
 
-def _scales(raw: Raw) -> HeadConfig:
+def head(raw: Raw) -> HeadConfig:
     return speaks(raw, scale=size(renamed(raw, OTHER_NAMES), "d_model", 1) ** -0.5 if scaled(raw) else 1.0)
 
 
-def _family(name: str, head: Any, read: Any, older: tuple[str, ...] = ()) -> Family:
+def _family(name: str, older: tuple[str, ...] = ()) -> Family:
     speaking = Form(head, (Row("head/kernel", "lm_head.weight", transposed=True),))
     forms = {f"{name}ForConditionalGeneration": speaking, f"{name}Model": Form(bare), **dict.fromkeys(older, speaking)}
     copies = {f"{side}.embed_tokens.weight": "shared.weight" for side in SUBLAYERS}
@@ -120,7 +117,4 @@ def _family(name: str, head: Any, read: Any, older: tuple[str, ...] = ()) -> Fam
     return Family(forms, read, write, table, prefix="", aliases=copies, ignored=unused, untie=untie)
 
 
-FAMILIES = {
-    "t5": _family("T5", _scales, read, ("T5WithLMHeadModel",)),
-    "mt5": _family("MT5", speaks, functools.partial(read, start=0)),
-}
+FAMILIES = {"t5": _family("T5", ("T5WithLMHeadModel",)), "mt5": _family("MT5")}

@@ -26,8 +26,8 @@ class RelativeBias(nnx.Module):
         exact = (buckets if causal else buckets // 2) // 2
         if not 0 < exact < longest:
             raise ValueError(
-                f"A relative bias of {buckets} buckets has {exact} for single distances: there must be one, and longest={longest} lie beyond "
-                "them. Set relative to more buckets, or to a longer distance."
+                f"A relative bias of {buckets} buckets has {exact} for single distances: there must be one, and longest={longest} lie "
+                "beyond them. Set relative to more buckets, or to a longer distance."
             )
         self.table = nnx.Param(small(rngs.params(), (buckets, heads)), out_sharding=(None, "heads"))
         self.buckets, self.longest, self.causal = buckets, longest, causal
