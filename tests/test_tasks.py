@@ -38,7 +38,9 @@ def home(tmp_path_factory):
         made = [sentence() for _ in range(count)]
         lines = "".join(f"{' '.join(some)}\t{int(praised)}\n" for some, _, praised in made)
         (path / f"{name}.tsv").write_text(lines)
-        write(path / f"{name}_tags.jsonl", [{"tokens": some, "tags": ["praise" if t else "none" for t in marks]} for some, marks, _ in made])
+        write(
+            path / f"{name}_tags.jsonl", [{"tokens": some, "tags": ["praise" if t else "none" for t in marks]} for some, marks, _ in made]
+        )
         write(path / f"{name}_pairs.jsonl", [{"mr": " ".join(some[:3]), "ref": " ".join(reversed(some[:3]))} for some, _, _ in made])
     texts = [" ".join([*GOOD, *BAD, *NEUTRAL])] * 4
     for family, train in (("bert_masked", words.bert), ("llama2", words.gpt), ("t5", words.t5)):
@@ -137,9 +139,9 @@ def test_a_recurrent_network_learns_too_and_comes_back(home, tmp_path, cell, met
 
 def test_a_head_and_an_objective_that_do_not_fit_are_refused(home, tmp_path):
     classes = {"path": str(home / "bert_masked"), "head": "sequence_classification", "classes": ("bad", "good")}
-    with pytest.raises(ValueError, match="objective.name=labels"):
+    with pytest.raises(ValueError, match=r"objective.name=labels"):
         tuning.train(config(home, "bert_masked", objective="next_token", model=classes, data={}), tmp_path / "a")
-    with pytest.raises(ValueError, match="needs model.classes"):
+    with pytest.raises(ValueError, match=r"needs model.classes"):
         tuning.train(config(home, "bert_masked", model={**classes, "classes": ()}, data={}), tmp_path / "b")
     with pytest.raises(ValueError, match=r"head='sequence_clasification' is not one of.*Did you mean"):
         tuning.train(config(home, "bert_masked", model={**classes, "head": "sequence_clasification"}, data={}), tmp_path / "c")

@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 
 from tuning import build
 from tuning.core import config as configs
-from tuning.core import mesh as meshes
 from tuning.core import tree
-from tuning.core.types import Batch, TrainState
+from tuning.core.types import TrainState
 from tuning.data import loader
 from tuning.loaded import LoadedModel, load, stop_ids
 from tuning.training import flops, loop, provenance, state, step, workdir
@@ -134,12 +133,13 @@ def flops_per_token(parts: build.Parts) -> float:
     shapes = {name: leaf.shape for name, leaf in tree.flatten(m.layout).items()}
 
     def passes(name: str) -> float:
-        if name.startswith("encoder/"):
+        if tree.matches(r"^encoder/|(^|/)cross/(k|v)/", name):
             return report.input_tokens / report.tokens
         routed = name.endswith("kernel") and len(shapes[name]) == 4
         return m.source.config.per_token / m.source.config.experts if routed else 1.0
 
-    return flops.flops_per_token(shapes, m.tuned, m.source.config.attention_flops(parts.train.length), passes)
+    lengths = [length for length in (parts.train.length, parts.train.input_length) if length]
+    return flops.flops_per_token(shapes, m.tuned, m.source.config.attention_flops(*lengths), passes)
 
 
 def peak_flops(where: Mesh) -> float | None:

@@ -124,7 +124,8 @@ def pretrained(
         config = config.replace(added=(first, count))
     config = config.replace(dtype=dtype, precision=precision, remat=remat)
     if dropout is not None:
-        config = config.replace(dropout=dropout, attention_dropout=dropout, mlp_dropout=dropout)
+        head_config = dataclasses.replace(config.head, dropout=dropout, dense_dropout=dropout)
+        config = config.replace(dropout=dropout, attention_dropout=dropout, mlp_dropout=dropout, head=head_config)
     return Source(config, words, directory, published, files.resolve(adapter) if adapter else None, path, revision, fresh)
 
 
@@ -264,7 +265,8 @@ def base_params(m: Model, wanted: Callable[[str], bool], seed: int) -> Tree:
     params = state.fresh(m.network.init, tree.unflatten(made), seed)
     if m.source.directory is not None and any(map(wanted, published)):
         places, dtypes = ({n: getattr(x, what) for n, x in published.items()} for what in ("sharding", "dtype"))
-        inside = tree.unflatten(published), tree.unflatten(places), dtypes.__getitem__, m.source.published
+        raw: Any = m.source.published
+        inside = tree.unflatten(published), tree.unflatten(places), dtypes.__getitem__, raw
         params = tree.merge(params, checkpoint.load(m.source.directory, *inside, wanted))
     rows = {n: _mean_rows(m, params, n) for n in ADDED if n in leaves and wanted(n) and n not in made}
     return tree.merge(params, tree.unflatten(rows))

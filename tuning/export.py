@@ -13,7 +13,7 @@ import numpy as np
 from tuning import build
 from tuning.core import tree
 from tuning.core.types import Batch, Inputs, Tree
-from tuning.hub import adapters, card, checkpoint, families, files, tokenizer
+from tuning.hub import adapters, card, checkpoint, families, files, sentences, tokenizer
 from tuning.nn import stack
 from tuning.training import workdir, writer
 
@@ -46,7 +46,9 @@ def write(
 
 def _card(m: build.Model, method: Mapping[str, Any], format: str, run: Path | None, step: int | None) -> str:
     source, tuned = m.source, tree.split(m.layout, m.tuned)[0]
-    config: dict[str, Any] = {"model": {"name": "pretrained", "path": source.path, "dtype": source.config.dtype}, "method": dict(method)}
+    config: dict[str, Any] = {"model": {"name": "pretrained", "path": source.path, "dtype": source.config.dtype}}
+    if run is not None or format == "peft" or method["name"] != "full":  # what was loaded and written again was not tuned
+        config["method"] = dict(method)
     provenance, metrics = {}, []
     if run is not None:
         config, provenance = workdir.read_config(run), files.read_json(run / "provenance.json")
@@ -75,6 +77,8 @@ def _hf(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path
     plain = build.model(source, build.METHODS["full"](build.outline(source)), m.mesh)
     folded = restack(jax.jit(m.method.fold)(params), plain.layout)
     _compare(m, params, plain, folded)
+    if source.directory is not None and source.config.head.output == "hidden":
+        sentences.copy(source.directory, directory)
     there = source.directory / "generation_config.json" if source.directory else None
     checkpoint.save(
         directory, folded, source.config, original=source.published, tokens=source.tokenizer, dtype=source.config.dtype,

@@ -27,7 +27,6 @@ from tuning.objectives.tokens import token_nll
 from tuning.training import workdir
 from tuning.training.checkpoint import Checkpoints
 
-
 log = logging.getLogger(__name__)
 
 
@@ -154,7 +153,10 @@ class LoadedModel:
         how = sentences.read(source.directory) if source.directory else None
         if how is None:
             raise ValueError(f"{source.path!r} is no sentence encoder: it has no modules.json, which says how tokens become one embedding.")
-        rows = [f.tokens for f in frame(self.tokenizer).encode([texts] if isinstance(texts, str) else list(texts))]
+        if self.config.head.pool == "mean":
+            raise ValueError("This head has averaged the hidden states already. Load the checkpoint with model.head=none to embed.")
+        plain = [text.strip() for text in ([texts] if isinstance(texts, str) else texts)]
+        rows = [f.tokens for f in frame(self.tokenizer).encode([text.lower() if how.lower else text for text in plain])]
         longest = min(how.max_tokens or self.config.max_length, self.config.max_length)
         if cut := sum(len(row) > longest for row in rows):
             log.warning("%d of %d texts are longer than the %d tokens that the encoder reads, and are cut.", cut, len(rows), longest)
@@ -177,9 +179,12 @@ class LoadedModel:
         """
         if self.config.head.output != "vocabulary" or self.config.reads == "encoder":
             raise ValueError(f"This model does not generate: it is an {self.config.reads} with a head over {self.config.head.output}.")
-        texts, net, more = [prompts] if isinstance(prompts, str) else list(prompts), self.model.network, {}
+        texts, net = [prompts] if isinstance(prompts, str) else list(prompts), self.model.network
+        more: dict[str, Any] = {}
         if self.config.reads == "encoder_decoder":  # the prompts are the encoder's to read
-            more = dict(remember=net.remember, inputs=[self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"] for text in texts])
+            more = dict(
+                remember=net.remember, inputs=[self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"] for text in texts]
+            )
             ids = [[self.config.start]] * len(texts)
         else:
             ids = [open_ended(self.tokenizer, text, special_tokens) for text in texts]

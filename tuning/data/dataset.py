@@ -6,7 +6,6 @@ Shapes: T tokens per row, S tokens of an encoder per row.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 
 import jax
@@ -136,7 +135,7 @@ class Rows:
         inputs = None if self.encoder is None else Inputs(**self.encoder.row(chosen, self.input_length, blanks))
         return Batch(**self.decoder.row(chosen, self.length, blanks), inputs=inputs)
 
-    @functools.cached_property
+    @property
     def abstract(self) -> Batch:
         """Shape and dtype of a row."""
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self[0])

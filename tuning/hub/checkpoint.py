@@ -16,8 +16,8 @@ import numpy as np
 from tuning.core import mesh, tree
 from tuning.core.types import Tree
 from tuning.hub import families, files, names, slices, tokenizer
-from tuning.hub.files import Tensors
 from tuning.hub.family import Config
+from tuning.hub.files import Tensors
 from tuning.hub.names import Place, Table
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def opened(directory: Path, raw: Mapping[str, Any]) -> Tensors:
 
 
 def _check(tensors: Tensors, places: Mapping[str, Place], want: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
-    found, table = families.family(raw), families.table(raw)
+    found = families.family(raw)
     shapes = {t: names.file_shape(want[name].shape, place) for name, place in places.items() for t in place.tensors}
     dtypes = {name: str(tensors.dtype(name)) for name in shapes if name in tensors and tensors.dtype(name) not in READABLE}
     if dtypes:
@@ -96,7 +96,9 @@ def _check(tensors: Tensors, places: Mapping[str, Place], want: Mapping[str, Any
     others = {row.tensor for form in found.forms.values() for row in form.table}
     others |= set(names.respell(others, spare, found.prefix))
     if heads := sorted(spare & others):
-        log.warning("%s: %s belong to another head than %s and are left out.", tensors.directory, tree.listing(heads), raw.get("architectures"))
+        log.warning(
+            "%s: %s belong to another head than %s and are left out.", tensors.directory, tree.listing(heads), raw.get("architectures")
+        )
     spare -= others
     wrong = [f"{n} {tensors.shape(n)}, expected {shape}" for n, shape in shapes.items() if n in tensors and tensors.shape(n) != shape]
     kinds = {"missing": [n for n in shapes if n not in tensors], "unexpected": sorted(spare), "wrong shape": wrong}

@@ -29,7 +29,7 @@ REFUSED: dict[str, str] = {**gemma.REFUSED}
 CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "_attn_implementation", "attn_implementation")
 
 # How a network computes, and what a run adds to it: not the checkpoint's business.
-RUNTIME = ("dtype", "precision", "remat", "added", "dropout", "attention_dropout", "mlp_dropout")
+RUNTIME = ("dtype", "precision", "remat", "added", "dropout", "attention_dropout", "mlp_dropout", "dense_dropout")
 
 # model.head, and the ending of the class that has it.
 HEADS = {

@@ -109,7 +109,7 @@ def layer_kinds(raw: Raw, names: tuple[str, ...], default: list[str]) -> list[st
     kinds = value(raw, "layer_types", default)
     if len(kinds) != size(raw, "num_hidden_layers") or set(kinds) - set(names):
         raise ValueError(
-            f"config.json: layer_types={kinds} must name one of {', '.join(names)} for each of num_hidden_layers={raw['num_hidden_layers']}."
+            f"config.json: layer_types={kinds} must name one of {', '.join(names)} for each of the {raw['num_hidden_layers']} layers."
         )
     return list(kinds)
 
@@ -171,8 +171,14 @@ def rope(raw: Raw, layers: str = "", theta: float = 10_000.0, share: float = 1.0
 
 
 def _yarn(said: Mapping[str, Any]) -> dict[str, Any]:
-    factor, scale = said.get("factor"), lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-    found = {**said, "beta_fast": said.get("beta_fast") or 32, "beta_slow": said.get("beta_slow") or 1, "truncate": value(said, "truncate", True)}
+    factor: Any = said.get("factor")
+    scale = lambda m: 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0  # noqa: E731
+    found = {
+        **said,
+        "beta_fast": said.get("beta_fast") or 32,
+        "beta_slow": said.get("beta_slow") or 1,
+        "truncate": value(said, "truncate", True),
+    }
     if factor is not None and said.get("attention_factor") is None:
         both = said.get("mscale") and said.get("mscale_all_dim")
         found["attention_factor"] = scale(said["mscale"]) / scale(said["mscale_all_dim"]) if both else scale(1)
@@ -180,7 +186,10 @@ def _yarn(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _longrope(said: Mapping[str, Any]) -> dict[str, Any]:
-    original, factor = said["original_max_position_embeddings"], said.get("factor") or said["max_position_embeddings"] / said["original_max_position_embeddings"]
+    original, factor = (
+        said["original_max_position_embeddings"],
+        said.get("factor") or said["max_position_embeddings"] / said["original_max_position_embeddings"],
+    )
     grown = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return {**said, "attention_factor": value(said, "attention_factor", grown)}
 
@@ -197,9 +206,15 @@ def write_rope(theta: float, scaling: Mapping[str, Any] | None, share: float = 1
 def classes(raw: Raw) -> tuple[str, ...]:
     """The names of a classifier's classes, in the order of their ids."""
     named = raw.get("id2label")
-    names = tuple(str(named[key]) for key in sorted(named, key=int)) if named else tuple(f"LABEL_{i}" for i in range(value(raw, "num_labels", 2)))
+    names = (
+        tuple(str(named[key]) for key in sorted(named, key=int))
+        if named
+        else tuple(f"LABEL_{i}" for i in range(value(raw, "num_labels", 2)))
+    )
     if len(names) < 2 or raw.get("problem_type") not in (None, "single_label_classification"):
-        raise ValueError(f"config.json: problem_type={raw.get('problem_type')!r} with {len(names)} labels: only one class of several is supported.")
+        raise ValueError(
+            f"config.json: problem_type={raw.get('problem_type')!r} with {len(names)} labels: only one class of several is supported."
+        )
     return names
 
 

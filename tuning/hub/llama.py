@@ -30,8 +30,10 @@ def table(projections: dict[str, str] = PROJECTIONS, norms: dict[str, str] = NOR
     )
 
 
-def read(raw: Raw, *, head_dim: int | None = None, kv_heads: int | None = None, act: str = "silu", theta: float = 10_000.0, eps: float = 1e-6,
-         tied: bool = False, partial: bool = False, **features: Any) -> TransformerConfig:  # fmt: skip
+def read(
+    raw: Raw, *, head_dim: int | None = None, kv_heads: int | None = None, act: str = "silu", theta: float = 10_000.0,
+    eps: float = 1e-6, tied: bool = False, partial: bool = False, **features: Any,
+) -> TransformerConfig:  # fmt: skip
     """What Llama-like families have in common; the keywords are the family's defaults, and the features that tell it apart.
 
     partial  whether only a part of each head may be rotated
@@ -89,7 +91,9 @@ def write(c: TransformerConfig) -> dict[str, Any]:
 
 def read_llama(raw: Raw) -> TransformerConfig:
     if size(raw, "hidden_size") % size(raw, "num_attention_heads"):
-        raise ValueError(f"config.json: a llama's hidden_size={raw['hidden_size']} is a multiple of its {raw['num_attention_heads']} heads.")
+        raise ValueError(
+            f"config.json: a llama's hidden_size={raw['hidden_size']} is a multiple of its {raw['num_attention_heads']} heads."
+        )
     bias, mlp_bias = bool(value(raw, "attention_bias", False)), bool(value(raw, "mlp_bias", False))
     return read(raw, attention_bias=bias, attention_out_bias=bias, mlp_bias=mlp_bias)
 
@@ -121,11 +125,11 @@ def write_mistral(c: TransformerConfig) -> dict[str, Any]:
 
 
 def write_qwen2(c: TransformerConfig) -> dict[str, Any]:
-    windows = {kind.window for kind in c.kinds} - {None}
+    window = next((kind.window for kind in c.kinds if kind.window is not None), None)
     kinds = ["full_attention" if kind.window is None else "sliding_attention" for kind in c.kinds]
     # One number says from which layer on there is a window; layer_types says it for any order.
     first = next((i for i, kind in enumerate(c.kinds) if kind.window), c.layers)
-    sliding = dict(use_sliding_window=bool(windows), sliding_window=max(windows, default=None), max_window_layers=first)
+    sliding = dict(use_sliding_window=window is not None, sliding_window=window, max_window_layers=first)
     return {**write(c), **sliding, "layer_types": kinds}
 
 

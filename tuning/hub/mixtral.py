@@ -19,7 +19,7 @@ def _table(router: str, gate: str, up: str, down: str) -> Table:
     return (*routed, *llama.table())
 
 
-def _experts(raw: Raw, count: int, per_token: int) -> dict[str, int]:
+def _experts(raw: Raw, count: int, per_token: int) -> dict[str, Any]:
     """The numbers of experts under either name; the others are the family's defaults."""
     said = "num_local_experts" if raw.get("num_local_experts") is not None else "num_experts"
     return dict(experts=size(raw, said, count), per_token=size(raw, "num_experts_per_tok", per_token))
@@ -52,7 +52,8 @@ def write_mixtral(c: TransformerConfig) -> dict[str, Any]:
 def write_qwen3(c: TransformerConfig) -> dict[str, Any]:
     window = c.kinds[0].window
     return {
-        **llama.write(c), "num_experts": c.experts, "num_local_experts": c.experts, "num_experts_per_tok": c.per_token, "moe_intermediate_size": c.expert_hidden,
+        **llama.write(c), "num_experts": c.experts, "num_local_experts": c.experts, "num_experts_per_tok": c.per_token,
+        "moe_intermediate_size": c.expert_hidden,
         "norm_topk_prob": c.normalize_experts, "decoder_sparse_step": 1, "attention_bias": c.attention_bias,
         "mlp_only_layers": [i for i, kind in enumerate(c.kinds) if not kind.routed],
         "use_sliding_window": window is not None, "sliding_window": window,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,19 @@ def read(directory: Path) -> Sentences | None:
     return Sentences(pooling, "Normalize" in kinds, limits.get("max_seq_length"), bool(limits.get("do_lower_case")))
 
 
+def copy(source: Path, target: Path) -> None:
+    """The files that make a sentence encoder of a checkpoint, where the source has them."""
+    if read(source) is None:
+        return
+    _, paths = _modules(source / "modules.json")
+    for name in ("modules.json", "config_sentence_transformers.json", *LIMITS, *(f"{folder}/config.json" for folder in paths[1:])):
+        if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+    for folder in paths[1:]:
+        (target / folder).mkdir(exist_ok=True)
+
+
 def _json(path: Path) -> dict[str, Any]:
     """The file's content; nothing where there is none."""
     return files.read_json(path) if path.is_file() else {}
@@ -83,7 +98,7 @@ def _modules(path: Path) -> tuple[list[str], list[str]]:
         kinds, paths = [m["type"].rsplit(".", 1)[-1] for m in modules], [m.get("path", "") for m in modules]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no list of modules with `type` and `path`: {error!r}.") from None
-    if kinds not in CHAINS or paths[0]:
+    if kinds not in CHAINS or paths[0] or any(not re.fullmatch(r"[\w-]+", folder) for folder in paths[1:]):
         raise ValueError(
             f"{path}: {' -> '.join(kinds)} is not supported; known are {' and '.join(map(' -> '.join, CHAINS))}, the first in ''."
         )

@@ -50,12 +50,13 @@ def feed_forward(raw: Raw) -> tuple[str, bool]:
 
 
 def scaled(raw: Raw) -> bool:
-    """Whether the decoder's output is scaled on its way to the vocabulary: in T5, where files before transformers 5 say so by a tied head."""
+    """Whether the decoder's output is scaled on its way to the vocabulary, as in T5 alone. Before transformers 5, a tied head says so."""
     said = raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings") is not False)
     return bool(said) and raw.get("model_type") != "mt5"
 
 
 def read(raw: Raw) -> EncoderDecoderConfig:
+    """config.json of either family, whose defaults differ."""
     raw = renamed(raw, OTHER_NAMES)
     refuse(raw, "is_encoder_decoder", (True,), "only the whole network is read, not one side of it")
     refuse(raw, "is_decoder", (False,), "only the whole network is read, not one side of it")
@@ -106,6 +107,7 @@ def untie(raw: Raw) -> dict[str, Any]:
 
 
 def head(raw: Raw) -> HeadConfig:
+    """The output over the vocabulary."""
     return speaks(raw, scale=size(renamed(raw, OTHER_NAMES), "d_model", 1) ** -0.5 if scaled(raw) else 1.0)
 
 

@@ -60,6 +60,9 @@ class HeadConfig:
             raise ValueError(f"A head over {self.output} has {len(self.classes)} classes; only a head over classes names them.")
 
 
+LANGUAGE_MODEL = HeadConfig()
+
+
 class Head(nnx.Module):
     """The weights of a head; those of a tied output are the embedding's."""
 
@@ -69,7 +72,9 @@ class Head(nnx.Module):
         size = {"vocabulary": vocab_size, "classes": len(c.classes), "spans": 2, "hidden": 0}[c.output]
         own = size > 0 and not (speaks and tied)
         axis = "vocab" if speaks else None
-        self.dense = Linear(Site("head/dense", (width, width), ("embed", None), range(0)), NOTHING, rngs, bias=c.dense_bias) if c.dense else None
+        self.dense = (
+            Linear(Site("head/dense", (width, width), ("embed", "norm"), range(0)), NOTHING, rngs, bias=c.dense_bias) if c.dense else None
+        )
         self.norm = Norm(c.norm, width, c.eps) if c.norm else None
         self.kernel = nnx.Param(fan_in(rngs.params(), (width, size)), out_sharding=("embed", axis)) if own else None
         self.bias = nnx.Param(jnp.zeros(size), out_sharding=(axis,)) if c.bias else None

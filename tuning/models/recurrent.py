@@ -16,7 +16,7 @@ from flax import nnx
 
 from tuning.core import keys, mesh
 from tuning.core.types import Batch
-from tuning.models.heads import Head, HeadConfig
+from tuning.models.heads import LANGUAGE_MODEL, Head, HeadConfig
 from tuning.models.transformer import mean_of_segments
 from tuning.nn.linear import Embedding
 from tuning.nn.recurrent import CELLS, Recurrent, RecurrentCache, empty
@@ -49,7 +49,7 @@ class RecurrentConfig:
     bidirectional: bool = False
     dropout: float = 0.0
     max_length: int = 1 << 20
-    head: HeadConfig = HeadConfig()
+    head: HeadConfig = LANGUAGE_MODEL
     tied: bool = False
     added: tuple[int, int] = (0, 0)
     dtype: str = "float32"

@@ -15,7 +15,7 @@ from flax import nnx
 
 from tuning.core import keys, mesh
 from tuning.core.types import Batch, Mean
-from tuning.models.heads import Head, HeadConfig
+from tuning.models.heads import LANGUAGE_MODEL, Head, HeadConfig
 from tuning.nn import cache as caches
 from tuning.nn import moe, rotary
 from tuning.nn.attention import FUSED, QK_NORMS, Seen, Shape
@@ -103,7 +103,7 @@ class TransformerConfig:
     dropped: tuple[str, ...] = ("embed", "attn", "mlp")
     attention_dropout: float = 0.0
     mlp_dropout: float = 0.0
-    head: HeadConfig = HeadConfig()
+    head: HeadConfig = LANGUAGE_MODEL
     tied: bool = False
     added: tuple[int, int] = (0, 0)
     dtype: str = "float32"

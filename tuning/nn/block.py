@@ -109,7 +109,7 @@ class Block(nnx.Module):
                 prefix=c.prefix, layers=layers, sites=sites, rngs=rngs,
             )  # fmt: skip
         self.mlp_out_norm = norm(c.order in ("around", "within"))
-        self.order, self.dropout, self.dropped, self.routed = c.order, c.dropout, c.dropped, kind.routed
+        self.order, self.dropout, self.dropped = c.order, c.dropout, c.dropped
 
     def __call__(
         self, x_BTD: jax.Array, context: Context, kind: Kind, key: jax.Array | None, store: Store | None, memory: Any
@@ -126,7 +126,8 @@ class Block(nnx.Module):
         x_BTD = self._add(x_BTD, self._dropped("attn", _maybe(self.attn_out_norm, added), key), self.attn_norm)
         if self.cross is not None:
             assert context.cross is not None and self.cross_norm is not None
-            k, v = self.cross.memory(context.source, key) if memory is None else memory
+            source: Any = context.source
+            k, v = self.cross.memory(source, key) if memory is None else memory
             across = self.cross.across(self.cross_norm(x_BTD), k, v, context.cross, key)
             x_BTD = x_BTD + dropout(across, self.dropout, keys.fold(key, "add/cross"))
         up, measured = self._mlp(_maybe(self.mlp_norm, x_BTD) if before else x_BTD, context, key)
@@ -139,7 +140,7 @@ class Block(nnx.Module):
         return _maybe(norm, x_BTD + added) if self.order == "after" else x_BTD + added
 
     def _mlp(self, x_BTD: jax.Array, context: Context, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return self.mlp(x_BTD, context.real, key) if self.routed else (self.mlp(x_BTD, key), {})
+        return self.mlp(x_BTD, context.real, key) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD, key), {})
 
 
 def _maybe(norm: Norm | None, x: jax.Array) -> jax.Array:

@@ -231,14 +231,11 @@ class Recurrent(nnx.Module):
         self, x_BTD: jax.Array, segments_BT: jax.Array, key: jax.Array | None, cache: RecurrentCache | None
     ) -> tuple[jax.Array, RecurrentCache]:
         """Dropout acts where there is a key. What reads backward knows nothing of a cache."""
-        batch = segments_BT.shape[0]
-        if cache is None:
-            cache = empty(self.cell, batch, self.hidden, self.layers)
-            remat = self.remat
-        else:
-            remat = "none"
+        remat = self.remat if cache is None else "none"
+        nothing = empty(self.cell, segments_BT.shape[0], self.hidden, self.layers)
+        cache = cache or nothing
         forward, segment = marks(segments_BT, cache.segment)
-        ways = {"forward": forward, "backward": marks(segments_BT, jnp.zeros(batch, jnp.int32), reverse=True)[0]}
+        ways = {"forward": forward, "backward": marks(segments_BT, nothing.segment, reverse=True)[0]}
         states = {}
         for i, name in enumerate(names(self.layers)):
             layer_key = None if key is None else jax.random.fold_in(key, i)

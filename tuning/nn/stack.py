@@ -62,7 +62,7 @@ def segments(kinds: Sequence[Hashable], cuts: tuple[int, ...]) -> list[Segment]:
 
 
 def _reach(kinds: Sequence[Hashable], start: int, end: int, period: int) -> int:
-    """The layer before which the kinds, from `start` on, stop repeating with this period; whole periods, and at least two unless it is 1."""
+    """Where the kinds, from `start` on, stop repeating with this period; whole periods, and at least two of them unless it is 1."""
     stop = next((i for i in range(start + period, end) if kinds[i] != kinds[i - period]), end)
     whole = (min(stop, end) - start) // period
     return start + whole * period if whole >= 2 or period == 1 else start
@@ -103,9 +103,8 @@ class Stack(nnx.Module):
 
     def _scan(self, segment: Segment, x_BTD: jax.Array, context: Any, key: jax.Array | None, cache: Cache | None):
         graphs, weights = zip(*(nnx.split(getattr(self, name)) for name, _ in segment), strict=True)
-        layer_keys = None
-        if key is not None:
-            layer_keys = tuple(jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.array(layers)) for _, layers in segment)
+        fold = None if key is None else functools.partial(jax.random.fold_in, key)
+        layer_keys = None if fold is None else tuple(jax.vmap(fold)(jnp.array(layers)) for _, layers in segment)
         memory = None if cache is None or cache.memory is None else tuple(cache.memory[name] for name, _ in segment)
 
         def body(carry, layer):

@@ -20,7 +20,7 @@ def next_token(*, label_smoothing: float = 0.0, z_loss: float = 0.0, balance: fl
 
     label_smoothing  share of the target's probability that is spread over the vocabulary (Szegedy et al., 2016, arXiv:1512.00567)
     z_loss           weight of logsumexp(logits)^2, which keeps logits from drifting (Chowdhery et al., 2022, arXiv:2204.02311)
-    balance          weight of the load-balancing loss of a mixture of experts (Fedus et al., 2021, arXiv:2101.03961); other models have none
+    balance          weight of the load-balancing loss (Fedus et al., 2021, arXiv:2101.03961), which mixtures of experts have
     chunk            tokens of each sequence whose logits exist at a time; at most half a sequence
     Returns the measures `loss` (what is lowered), `nll` (nats per target, without the terms above), `accuracy`, and those of
     the model itself, such as `balance`.
