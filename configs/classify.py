@@ -5,7 +5,7 @@
 
 Data: a tab-separated file without a header, a text and its class (a name, or a number from 0) in each line. Set model.classes to the names
 of yours, in the order of their numbers. For the head alone: --config.method.name=partial --config.method.leaves=^head/
-Any hardware; on SST-2 with a small sentence encoder see experiments/encoders for time and accuracy.
+Any hardware; on SST-2 with a small sentence encoder see experiments/sst2 for time and accuracy.
 """
 
 from ml_collections import ConfigDict

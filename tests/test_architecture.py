@@ -15,7 +15,7 @@ FLOORS = {
     "nn": 1,
     "models": 2, "methods": 2, "objectives": 2, "data": 2,
     "hub": 3, "training": 3, "decode": 3,
-    "evals": 4, "rl": 4,
+    "source": 4, "evals": 4, "rl": 4,
     "build": 5,
     "export": 6, "plan": 6,
     "loaded": 7,

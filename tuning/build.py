@@ -19,183 +19,22 @@ from tuning.core.config import Config, Section
 from tuning.core.types import Loss, Tree
 from tuning.data.dataset import Rows, dataset
 from tuning.data.formats import FORMATS
-from tuning.data.reader import Reader
-from tuning.hub import adapters, checkpoint, families, files, tokenizer
-from tuning.hub.family import Config as Architecture
-from tuning.hub.names import Table
+from tuning.hub import adapters, checkpoint
 from tuning.methods import METHODS
 from tuning.methods.method import Method
 from tuning.models import network as networks
-from tuning.models.heads import HeadConfig
 from tuning.models.network import Network
-from tuning.models.recurrent import RecurrentConfig
-from tuning.models.transformer import TransformerConfig
-from tuning.nn.block import Kind
 from tuning.nn.sites import Outline
 from tuning.objectives import OBJECTIVES
+from tuning.source import SOURCES, Source
 from tuning.training import loop, state
 from tuning.training.optimizer import OPTIMIZERS, SCHEDULES
 
 ADDED = ("embed/added", "head/added")  # rows of added tokens: they learn under every method
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a model comes from.
-
-    config     its architecture, and how it computes
-    directory  the published checkpoint, or None for a fresh model
-    published  that checkpoint's config.json, with the head that was asked for; or None
-    adapter    a PEFT directory to start the method from, or None
-    path       what the user wrote, for records
-    fresh      the leaves of a head that the checkpoint does not have: they learn under every method
-    """
-
-    config: Architecture
-    tokenizer: Any
-    directory: Path | None = None
-    published: dict[str, Any] | None = None
-    adapter: Path | None = None
-    path: str = ""
-    revision: str | None = None
-    fresh: frozenset[str] = frozenset()
-
-    @property
-    def table(self) -> Table:
-        """Where the leaves stand in published checkpoints."""
-        return families.table(self.published or families.config_to(self.config))
-
-    @property
-    def reader(self) -> Reader:
-        """How examples are laid out for this model. ValueError if it has no tokenizer."""
-        if self.tokenizer is None:
-            raise ValueError(f"{self.path!r} has no tokenizer files, and training reads text. Add tokenizer.json or tokenizer.model there.")
-        head = self.config.head
-        return Reader(
-            self.tokenizer, kind=self.config.reads, classes=head.classes, per_token=bool(head.classes) and not head.pool,
-            pool="last" if head.pool == "last" else "first", start=getattr(self.config, "start", None),
-        )  # fmt: skip
-
-
-def pretrained(
-    *,
-    path: str,
-    revision: str | None = None,
-    adapter: str | None = None,
-    head: str = "",
-    classes: tuple[str, ...] = (),
-    added_tokens: tuple[str, ...] = (),
-    dropout: float | None = None,
-    dtype: str = "float32",
-    precision: str = "highest",
-    remat: str = "none",
-) -> Source:
-    """A published model: a local folder, or a hub id.
-
-    adapter       a PEFT directory whose values the method starts from (its rank, alpha and targets must be those of the method)
-    head          what to put on top in place of the checkpoint's own: language_model, masked_language_model, sequence_classification,
-                  token_classification, question_answering or none; "" keeps it. What the checkpoint has no weights for starts at random
-                  and learns under every method
-    classes       the names of a classifier's classes
-    added_tokens  new tokens; their embedding rows start at the mean of the others and learn under every method
-    dropout       while training, of the embedding, of what each sublayer adds, inside feed-forward layers and of attention shares; None
-                  keeps the checkpoint's own
-    dtype         of the computation and of frozen weights; tuned leaves and optimiser state are float32
-    precision     of float32 matmuls on GPU and TPU: "highest" is exact, "default" is faster
-    remat         what the backward pass keeps: "none" (everything), "dots" (matmul results), "full" (each layer's input)
-    """
-    directory = files.resolve(path, revision)
-    published = checkpoint.read_config(directory)
-    words = tokenizer.load(directory)
-    fresh: frozenset[str] = frozenset()
-    if head or classes:
-        published = families.with_head(published, head, classes)
-        there = checkpoint.opened(directory, published)
-        fresh = frozenset(row.leaf for row in families.form(published).table if row.tensor not in there)
-    config = families.config_from(published)
-    fresh -= {"head/kernel"} if config.tied and config.head.output == "vocabulary" else frozenset()
-    if added_tokens:
-        if words is None:
-            raise ValueError(f"model.added_tokens={added_tokens}, but {directory} has no tokenizer to add them to.")
-        first = len(words)
-        count = words.add_tokens(list(added_tokens), special_tokens=True)
-        if count != len(added_tokens):
-            raise ValueError(f"model.added_tokens={added_tokens}: {len(added_tokens) - count} of them are tokens already.")
-        config = config.replace(added=(first, count))
-    config = config.replace(dtype=dtype, precision=precision, remat=remat)
-    if dropout is not None:
-        head_config = dataclasses.replace(config.head, dropout=dropout, dense_dropout=dropout)
-        config = config.replace(dropout=dropout, attention_dropout=dropout, mlp_dropout=dropout, head=head_config)
-    return Source(config, words, directory, published, files.resolve(adapter) if adapter else None, path, revision, fresh)
-
-
-def decoder(
-    *,
-    tokenizer: str,
-    width: int = 256,
-    layers: int = 4,
-    heads: int = 4,
-    kv_heads: int = 4,
-    head_dim: int = 64,
-    hidden: int = 1024,
-    max_length: int = 2048,
-    rope_theta: float = 10_000.0,
-    window: int | None = None,
-    tied: bool = True,
-    qk_norm: bool = False,
-    dtype: str = "float32",
-    precision: str = "highest",
-    remat: str = "none",
-) -> Source:
-    """A fresh Llama-shaped model over the vocabulary of a tokenizer (a folder or hub id); see TransformerConfig for the keys."""
-    words = load_tokenizer(tokenizer)
-    config = TransformerConfig(
-        vocab_size=len(words), width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden,
-        max_length=max_length, rope_theta=rope_theta, kinds=(Kind(window=window),) * layers, tied=tied, qk_norm="head" if qk_norm else "",
-        dtype=dtype, precision=precision, remat=remat,
-    )  # fmt: skip
-    return Source(config, words, path=tokenizer)
-
-
-def recurrent(
-    *,
-    tokenizer: str,
-    cell: str = "lstm",
-    width: int = 256,
-    hidden: int = 256,
-    layers: int = 2,
-    bidirectional: bool = False,
-    dropout: float = 0.0,
-    classes: tuple[str, ...] = (),
-    per_token: bool = False,
-    max_length: int = 2048,
-    tied: bool = False,
-    dtype: str = "float32",
-    precision: str = "highest",
-    remat: str = "none",
-) -> Source:
-    """A fresh LSTM or GRU over the vocabulary of a tokenizer: a language model or, with `classes`, a classifier of texts, or of each of
-    their tokens (`per_token`); see RecurrentConfig for the other keys."""
-    words = load_tokenizer(tokenizer)
-    pool = "" if per_token else "mean" if bidirectional else "last"
-    config = RecurrentConfig(
-        vocab_size=len(words), width=width, hidden=hidden, layers=layers, cell=cell, bidirectional=bidirectional, dropout=dropout,
-        max_length=max_length, head=HeadConfig(output="classes", classes=tuple(classes), pool=pool, bias=True) if classes else HeadConfig(),
-        tied=tied, dtype=dtype, precision=precision, remat=remat,
-    )  # fmt: skip
-    return Source(config, words, path=tokenizer)
-
-
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a folder or hub id. ValueError if there is none."""
-    words = tokenizer.load(files.resolve(path))
-    if words is None:
-        raise ValueError(f"{path!r} has no tokenizer: a tokenizer.json or a SentencePiece tokenizer.model is needed.")
-    return words
-
-
 SECTIONS: dict[str, Section] = {
-    "model": Section({"pretrained": pretrained, "decoder": decoder, "recurrent": recurrent}, "pretrained"),
+    "model": Section(SOURCES, "pretrained"),
     "method": Section(METHODS, "lora"),
     "objective": Section(OBJECTIVES, "next_token"),
     "data.train": Section({"": dataset}),

@@ -21,6 +21,10 @@ from tuning.training import workdir, writer
 FOLD_BOUND = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
+# What PEFT calls the task of a model, by how it reads and what its head says.
+TASKS = {("decoder", "vocabulary"): "CAUSAL_LM", ("encoder_decoder", "vocabulary"): "SEQ_2_SEQ_LM"}
+
+
 def write(
     m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path, format: str, merge: bool, run: Path | None = None,
     step: int | None = None,
@@ -66,7 +70,7 @@ def _peft(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Pa
     adapters.write(
         directory, jax.tree.map(lambda x: x.astype(jnp.float32), leaves), m.source.table, rank=method["rank"], alpha=method["alpha"],
         dropout=method["dropout"], rank_stabilized=method["rank_stabilized"], layers=m.source.config.layers, added=m.source.config.added,
-        base_model=m.source.path, revision=m.source.revision,
+        base_model=m.source.path, revision=m.source.revision, task_type=TASKS.get((m.source.config.reads, m.source.config.head.output)),
     )  # fmt: skip
     if m.source.tokenizer is not None:
         tokenizer.save(m.source.tokenizer, directory)

@@ -24,13 +24,14 @@ from tuning.decode.generate import generate
 from tuning.hub import adapters, files, sentences, tokenizer
 from tuning.methods import METHODS
 from tuning.objectives.tokens import token_nll
+from tuning.source import Source, pretrained
 from tuning.training import workdir
 from tuning.training.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
 
 
-def stop_ids(source: build.Source) -> tuple[int, ...]:
+def stop_ids(source: Source) -> tuple[int, ...]:
     """The tokens that end a text."""
     return tokenizer.stop_ids(source.directory, source.tokenizer)
 
@@ -56,7 +57,7 @@ def load(
             if adapter is not None:
                 raise ValueError(f"{path} is a run, which has its own weights; an adapter goes on a published model.")
             return _load_run(path, dtype, where, checkpoint)
-        source = build.pretrained(path=str(path_or_id), revision=revision, dtype=dtype)
+        source = pretrained(path=str(path_or_id), revision=revision, dtype=dtype)
         found: dict[str, Any] = {}
         if adapter is None:
             method = METHODS["full"](build.outline(source))

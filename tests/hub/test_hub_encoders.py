@@ -20,6 +20,7 @@ from tuning.hub import checkpoint, families, files, sentences
 from tuning.hub.sentences import Sentences
 from tuning.models import heads, transformer
 from tuning.nn import block, mlp
+from tuning.source import pretrained
 
 torch = pytest.importorskip("torch")
 LENGTHS = (40, 25, 3)
@@ -148,7 +149,7 @@ def test_a_file_of_two_heads_is_read_as_the_masked_language_model(published, our
     [("none", (), set()), ("sequence_classification", ("no", "yes"), {"head/kernel", "head/bias"}), ("masked_language_model", (), set())],
 )
 def test_another_head_finds_its_weights_in_a_published_file(head, classes, fresh, published):
-    source = build.pretrained(path=str(published), head=head, classes=classes)
+    source = pretrained(path=str(published), head=head, classes=classes)
     assert source.fresh == fresh
     model = build.model(source, build.METHODS["full"](build.outline(source)), mesh.over(jax.devices()[:1]))
     params = tree.flatten(build.base_params(model, lambda name: True, 0))
@@ -159,9 +160,9 @@ def test_another_head_finds_its_weights_in_a_published_file(head, classes, fresh
 
 
 def test_a_body_without_its_prefix_gets_a_head(checkpoint_of):
-    source = build.pretrained(path=str(checkpoint_of("bert_pooled")), head="sequence_classification", classes=("no", "yes"))
+    source = pretrained(path=str(checkpoint_of("bert_pooled")), head="sequence_classification", classes=("no", "yes"))
     assert source.fresh == {"head/kernel", "head/bias"}  # the pooler is there
-    source = build.pretrained(path=str(checkpoint_of("bert_pooled")), head="masked_language_model")
+    source = pretrained(path=str(checkpoint_of("bert_pooled")), head="masked_language_model")
     assert source.fresh == {"head/dense/kernel", "head/dense/bias", "head/norm/scale", "head/norm/bias", "head/bias"}
 
 

@@ -18,7 +18,6 @@ from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 
 from tuning.core import mesh, tree
 from tuning.nn import moe
-from tuning.nn.sites import NOTHING, Sites
 
 B, T, D, F, E, K = 8, 6, 16, 12, 8, 3
 AXES = {
@@ -29,9 +28,9 @@ AXES = {
 }
 
 
-def make(width=D, hidden=F, experts=E, normalize=True, sites=NOTHING):
+def make(width=D, hidden=F, experts=E, normalize=True):
     with nnx.use_eager_sharding(False):
-        return moe.MoE(width, hidden, experts, K, "silu", normalize, range(1), sites, nnx.Rngs(0))
+        return moe.MoE(width, hidden, experts, K, "silu", normalize, range(1), nnx.Rngs(0))
 
 
 @functools.cache
@@ -241,12 +240,6 @@ def test_each_expert_starts_as_a_layer_of_its_own_would():
     np.testing.assert_allclose(np.std(layer.up.kernel[...], axis=(1, 2)), 1 / 16, rtol=0.03)
     np.testing.assert_allclose(np.std(layer.down.kernel[...], axis=(1, 2)), 1 / 8, rtol=0.03)
     assert not np.array_equal(layer.up.kernel[0], layer.up.kernel[1])
-
-
-def test_the_router_is_the_only_site():
-    offered = []
-    make(sites=Sites(weight=lambda site, rngs: offered.append(site)))
-    assert [(site.role, site.shape) for site in offered] == [("mlp/router", (D, E))]
 
 
 def test_a_token_cannot_go_to_more_experts_than_there_are():

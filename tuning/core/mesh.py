@@ -30,6 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "router": (),  # the router's outputs: every device routes its own tokens
     "layers": (),
     "rank": (),
+    "gates": (),
     "norm": (),
 }
 

@@ -29,7 +29,7 @@ ROWS = "token_adapter.trainable_tokens_delta"  # [N, D], the rows themselves and
 # Keys that change the result, and the values with which they do not.
 NEUTRAL: dict[str, tuple] = {
     "bias": ("none",),
-    "task_type": ("CAUSAL_LM", None),
+    "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", None),
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # the others change the base's weights too
 }
 # Keys that say nothing about the result, or that are read below.
@@ -190,6 +190,8 @@ def _place(leaf: str, shape: Sequence[int], table: Table) -> names.Place:
     if part not in PARTS:
         raise ValueError(f"The leaf {leaf} is not LoRA's: a PEFT adapter holds .../adapter/a and .../adapter/b.")
     base = names.place(f"{head}/kernel", shape, table)
+    if not base.tensors[0].endswith(".weight"):
+        raise ValueError(f"PEFT has no LoRA for {base.tensors[0]}: use --format=hf --merge.")
     tensors = tuple(f"{PREFIX}{name.removesuffix('weight')}{PARTS[part]}" for name in base.tensors)
     return names.Place(tensors, base.lead, transposed=True)
 

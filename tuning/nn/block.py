@@ -102,7 +102,7 @@ class Block(nnx.Module):
         self.cross = Attention(c.attention, f"{c.prefix}cross", layers, sites, rngs) if c.cross else None
         self.mlp_norm = norm(c.order not in ("within", "parallel_one"))
         if kind.routed:
-            self.mlp = MoE(width, c.expert_hidden, c.experts, c.per_token, c.activation, c.normalize_experts, layers, sites, rngs)
+            self.mlp = MoE(width, c.expert_hidden, c.experts, c.per_token, c.activation, c.normalize_experts, layers, rngs)
         else:
             self.mlp = MLP(
                 width, c.hidden, c.activation, gated=c.gated, fused=c.fused_mlp, bias=c.mlp_bias, dropout=c.mlp_dropout,

@@ -17,7 +17,7 @@ from tuning.core import keys, mesh
 from tuning.core.types import Mean
 from tuning.nn.linear import Linear
 from tuning.nn.mlp import ACTIVATIONS
-from tuning.nn.sites import Site, Sites
+from tuning.nn.sites import NOTHING, Site
 
 Sums = dict[str, jax.Array]
 
@@ -35,18 +35,18 @@ class MoE(nnx.Module):
     """sum over the K chosen experts of share * down(activation(gate(x)) * up(x)); a share is the router's softmax over all experts.
 
     normalize  whether the K shares are divided by their sum
-    The router is a site, `mlp/router`; the experts' kernels are not: adapters leave them as they are, full and partial tuning train them.
+    Neither router nor experts are sites: adapters leave them as they are, as PEFT does, and full and partial tuning train them.
     Logits and shares are float32 whatever the dtype of the rest. The references multiply x by the router in their own dtype and take the
     softmax in float32, which is the same in float32.
     """
 
     def __init__(
         self, width: int, hidden: int, experts: int, per_token: int, activation: str, normalize: bool,
-        layers: range, sites: Sites, rngs: nnx.Rngs,
+        layers: range, rngs: nnx.Rngs,
     ):  # fmt: skip
         if not 1 <= per_token <= experts:
             raise ValueError(f"per_token={per_token} experts of {experts}: a token goes to at least one expert and at most to all of them.")
-        self.router = Linear(Site("mlp/router", (width, experts), ("embed", "router"), layers), sites, rngs)
+        self.router = Linear(Site("mlp/router", (width, experts), ("embed", "router"), layers), NOTHING, rngs)
         self.gate = Experts((experts, width, hidden), ("experts", "embed", "mlp"), rngs)
         self.up = Experts((experts, width, hidden), ("experts", "embed", "mlp"), rngs)
         self.down = Experts((experts, hidden, width), ("experts", "mlp", "embed"), rngs)

@@ -178,7 +178,7 @@ class Direction(nnx.Module):
     def __init__(self, cell: str, width: int, hidden: int, role: str, *, layers: range, precision: str, sites: Sites, rngs: nnx.Rngs):
         gates = CELLS[cell].gates * hidden
         # The gates stay whole on every device: they lie behind one another, so a split would part the gates of a unit.
-        site = lambda part, size: Site(f"{role}/{part}", (size, gates), ("embed", "norm"), layers)  # noqa: E731
+        site = lambda part, size: Site(f"{role}/{part}", (size, gates), ("embed", "gates"), layers)  # noqa: E731
         self.input = Linear(site("input", width), sites, rngs, bias=True)
         self.state = Linear(site("state", hidden), sites, rngs, bias=True)
         self.cell, self.role, self.precision = cell, role, precision
