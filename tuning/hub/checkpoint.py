@@ -31,6 +31,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").is_file():
         raise ValueError(f"{directory} has no config.json: it is not a published checkpoint.")
     raw = files.read_json(directory / "config.json")
+    if raw.get("model_type") in families.INSIDE:
+        log.warning("%s reads more than text. Its text model alone is loaded, and exported.", directory)
+        raw = families.INSIDE[raw["model_type"]](raw)
     found = families.FAMILIES.get(raw.get("model_type", ""))
     return found.untie(raw) if found is not None and found.untie is not None and _has_own_head(directory, raw) else raw
 
@@ -79,7 +82,7 @@ def opened(directory: Path, raw: Mapping[str, Any]) -> Tensors:
     numbers = re.compile(r"(?<=\.)\d+(?=\.)")
     layers = {int(n) for name in tensors for n in numbers.findall(name)}
     rows = [p.format(layer=i, expert=0) for p in patterns for i in (layers if "{layer}" in p else [0]) if "{expert}" not in p]
-    tensors.rename(names.respell([*rows, *found.aliases], tensors, found.prefix))
+    tensors.rename(names.respell([*rows, *found.aliases], tensors, found.prefix, found.within))
     return tensors
 
 

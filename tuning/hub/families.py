@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tuning.core import parts
@@ -22,8 +22,8 @@ FAMILIES: dict[str, Family] = {
     for name, found in module.FAMILIES.items()
 }
 
-# What to do instead, for model_types that are not read as they are.
-REFUSED: dict[str, str] = {**gemma.REFUSED}
+# Models that read more than text: config.json -> that of the text model inside.
+INSIDE: dict[str, Callable[[Raw], dict[str, Any]]] = {**gemma.INSIDE}
 
 # Keys that name code. Nothing of a checkpoint is ever run, so they are passed over and said to be.
 CODE_KEYS = ("auto_map", "custom_pipelines", "_attn_implementation_internal", "_attn_implementation", "attn_implementation")
@@ -45,8 +45,6 @@ HEADS = {
 def family(raw: Raw) -> Family:
     """The family of a config.json. ValueError that lists the known ones."""
     kind = raw.get("model_type")
-    if kind in REFUSED:
-        raise ValueError(f"config.json: model_type={kind!r} is not supported: {REFUSED[kind]}.")
     if kind not in FAMILIES:
         guess = parts.suggestion(kind, FAMILIES) if isinstance(kind, str) else ""
         raise ValueError(f"config.json: model_type={kind!r} is not one of {', '.join(FAMILIES)}.{guess}")

@@ -103,12 +103,28 @@ FORMS_3 = {
     "Gemma3ForCausalLM": three["Gemma3TextForCausalLM"]._replace(head=functools.partial(capped, None)),
     **{name: three[name] for name in ("Gemma3TextForSequenceClassification", "Gemma3TextModel")},
 }
+# How files of a Gemma 3 that also reads images name the text model's tensors, and what else they hold.
+OUTER = ("language_model.model.", "model.language_model.", "language_model.")
+IMAGES = r"(^|\.)rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\."
 FAMILIES = {
     "gemma": Family(decoder_forms("Gemma"), read_gemma, write, llama.table()),
     "gemma2": Family(FORMS_2, read_gemma2, write_later, llama.table(norms=AROUND)),
-    "gemma3_text": Family(FORMS_3, read_gemma3, write_gemma3, llama.table(norms=AROUND)),
+    "gemma3_text": Family(FORMS_3, read_gemma3, write_gemma3, llama.table(norms=AROUND), within=OUTER, ignored=IMAGES),
 }
-REFUSED = {
-    "gemma3": "it reads images too. Take the text model out, with transformers: AutoModelForCausalLM.from_pretrained(IN).model"
-    ".language_model.save_pretrained(OUT), copy the tokenizer's files to OUT, and load OUT with model.head=language_model"
-}
+
+
+# What a multimodal file leaves out of its text_config where it is as in transformers' class.
+TEXT = dict(
+    vocab_size=262_208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
+    head_dim=256, max_position_embeddings=131_072,
+)  # fmt: skip
+
+
+def text_of(raw: Raw) -> dict[str, Any]:
+    """The config.json of the text model inside a Gemma 3 that also reads images."""
+    outer = {key: raw[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype") if key in raw}
+    named = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    return {**TEXT, **outer, **(raw.get("text_config") or {}), **named}
+
+
+INSIDE = {"gemma3": text_of}

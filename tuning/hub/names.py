@@ -66,13 +66,14 @@ def file_shape(leaf_shape: Sequence[int], where: Place) -> tuple[int, ...]:
 OLDER = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 
 
-def respell(wanted: Iterable[str], there: Iterable[str], prefix: str) -> dict[str, str]:
+def respell(wanted: Iterable[str], there: Iterable[str], prefix: str, within: Sequence[str] = ()) -> dict[str, str]:
     """{name in the file: name in the table} for wanted tensors that the file spells otherwise: without or with the prefix of the family's
-    body, or in the older way."""
+    body, with that of a larger model that it is a part of, or in the older way."""
     present, found = set(there), {}
     for name in wanted:
         if name not in present:
-            forms = [name, name.removeprefix(prefix), prefix + name]
+            bare = name.removeprefix(prefix)
+            forms = [name, bare, prefix + name, *(outer + bare for outer in within)]
             forms += [form.removesuffix(new) + old for form in forms for new, old in OLDER if form.endswith(new)]
             found.update({form: name for form in forms[1:] if form in present})
     return found
