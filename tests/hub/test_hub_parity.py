@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 
 from tests import checkpoints
+from tuning import export
 from tuning.core import mesh, tree
 from tuning.core.types import Batch, Inputs
-from tuning.hub import checkpoint, files, names
+from tuning.hub import checkpoint, families, files, names
 from tuning.methods.lora import lora
+from tuning.methods.partial import partial
 from tuning.models import network
 from tuning.nn import rotary
 
@@ -205,8 +207,9 @@ def test_cached_decoding_equals_the_full_forward(family, answers, ours_of):
     assert_same(np.concatenate(got, 1), said[:1])
 
 
-def test_a_mesh_of_eight_devices_says_the_same(family, answers, spread_of):
-    where = mesh.over(jax.devices(), fsdp=4, tensor=2)
+def test_a_mesh_of_eight_devices_says_the_same(family, answers, spread_of, checkpoint_of):
+    routed = getattr(families.config_from(checkpoint.read_config(checkpoint_of(family))), "experts", 0)
+    where = mesh.over(jax.devices(), tensor=2, **(dict(fsdp=2, expert=2) if routed else dict(fsdp=4)))
     net = spread_of(family, where)
     _, said, _ = answers(family)
     rows = lambda x: np.concatenate([x, x[:1]])  # noqa: E731  the mesh splits four rows
@@ -230,6 +233,18 @@ def test_lora_everywhere_starts_at_the_base_and_folds_back(family, spread_of, ou
     folded = forward(base.network.apply, base.config.head, method.fold(params), batch)
     assert_same(forward(net.network.apply, net.config.head, params, batch), np.asarray(folded), batch.segments != 0)
     assert np.abs(np.asarray(folded) - said).max() > 1e-3
+
+
+def test_the_last_layer_can_be_tuned_alone(family, spread_of, ours_of):
+    whole = ours_of(family)
+    method = partial(network.outline(whole.config.construct, whole.config.layers), last_layers=1)
+    cut = spread_of(family, cuts=method.cuts)
+    leaves = tree.flatten(cut.params)
+    last = whole.config.layers - 1
+    learn = {name for name in leaves if method.tuned(name)}
+    assert learn and all(f"blocks/{last}-{last}/" in name and not name.startswith("encoder/") for name in learn)
+    back = tree.flatten(export.restack(cut.params, whole.params))
+    assert all(np.array_equal(back[name], leaf) for name, leaf in tree.flatten(whole.params).items())
 
 
 def test_saving_what_was_read_gives_the_same_bits(family, tmp_path, ours_of, checkpoint_of):

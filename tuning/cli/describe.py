@@ -34,7 +34,7 @@ def parameters(m: build.Model) -> Table:
     groups: dict[tuple, list[str]] = {}
     leaves = tree.flatten(m.layout)
     for name, leaf in leaves.items():
-        place = re.sub(r"^blocks/\d+-\d+/", "blocks/*/", name)
+        place = re.sub(r"(^|/)blocks/[\dx-]+/", r"\1blocks/*/", name)
         spec = tuple(leaf.sharding.spec)
         groups.setdefault((place, "tuned" if m.tuned(name) else "frozen", str(leaf.dtype), spec), []).append(name)
     table = Table("leaf", "shape", "count", "MiB", "dtype", "sharding", "")

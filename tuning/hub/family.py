@@ -41,10 +41,10 @@ class Family(NamedTuple):
     write    and back
     table    where the body's tensors go, or what tells it from config.json
     prefix   of the body's tensors
-    within   prefixes of the tensors in the files of larger models that the family is a part of
     aliases  {tensor: the one that it repeats}: files may have them, and they must be the same
     ignored  regular expression for tensors that hold constants, which old checkpoints stored
     untie    what config.json should have said where it says that the head is tied, and the file has another one; None: that is an error
+    within   prefixes of the tensors in the files of larger models that the family is a part of
     """
 
     forms: Mapping[str, Form]
@@ -52,10 +52,10 @@ class Family(NamedTuple):
     write: Callable[[Any], dict[str, Any]]
     table: Table | Callable[[Raw], Table]
     prefix: str = "model."
-    within: tuple[str, ...] = ()
     aliases: Mapping[str, str] = {}
     ignored: str = r"(^|\.)rotary_emb\.inv_freq$"
     untie: Callable[[Raw], dict[str, Any]] | None = None
+    within: tuple[str, ...] = ()
 
 
 # Reading keys.
