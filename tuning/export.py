@@ -27,7 +27,7 @@ TASKS = {("decoder", "vocabulary"): "CAUSAL_LM", ("encoder_decoder", "vocabulary
 
 def write(
     m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path, format: str, merge: bool, run: Path | None = None,
-    step: int | None = None,
+    step: int | None = None, shard_bytes: int = files.SHARD_BYTES,
 ) -> Path:  # fmt: skip
     """Writes `directory`, with a model card; `method` is the config of the method that tuned the model, at `step` of the `run`.
 
@@ -42,7 +42,10 @@ def write(
     if format == "hf" and not merge and any("/adapter/" in name for name in tree.flatten(params)):
         raise ValueError("--format=hf holds no adapter: add --merge to fold it into the weights, or use --format=peft.")
     directory.mkdir(parents=True, exist_ok=True)
-    (_peft if format == "peft" else _hf)(m, params, method, directory)
+    if format == "peft":
+        _peft(m, params, method, directory)
+    else:
+        _hf(m, params, directory, shard_bytes)
     if jax.process_index() == 0:
         (directory / "README.md").write_text(_card(m, method, format, run, step), encoding="utf-8")
     return directory
@@ -76,7 +79,7 @@ def _peft(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Pa
         tokenizer.save(m.source.tokenizer, directory)
 
 
-def _hf(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path) -> None:
+def _hf(m: build.Model, params: Tree, directory: Path, shard_bytes: int) -> None:
     source = m.source
     plain = build.model(source, build.METHODS["full"](build.outline(source)), m.mesh)
     folded = restack(jax.jit(m.method.fold)(params), plain.layout)
@@ -86,7 +89,7 @@ def _hf(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path
     there = source.directory / "generation_config.json" if source.directory else None
     checkpoint.save(
         directory, folded, source.config, original=source.published, tokens=source.tokenizer, dtype=source.config.dtype,
-        generation=files.read_json(there) if there and there.is_file() else None,
+        generation=files.read_json(there) if there and there.is_file() else None, shard_bytes=shard_bytes,
     )  # fmt: skip
 
 

@@ -210,12 +210,13 @@ class LoadedModel:
         with jax.set_mesh(self.model.mesh):
             return [float(_score(self.model.network, self.params, tokens)) for tokens in ids]
 
-    def export(self, directory: str | Path, format: str = "hf", merge: bool = False) -> Path:
+    def export(self, directory: str | Path, format: str = "hf", merge: bool = False, shard_bytes: int = files.SHARD_BYTES) -> Path:
         """Writes the model for others: "hf" is a directory that transformers loads, "peft" the adapter alone, as PEFT has it.
 
-        An adapter goes into an "hf" export only when `merge` says so; the logits of both are compared first.
+        An adapter goes into an "hf" export only when `merge` says so; the logits of both are compared first. A file of weights that would
+        be larger than `shard_bytes` is written as several.
         """
-        return export.write(self.model, self.params, self.method, Path(directory), format, merge, self.run, self.step)
+        return export.write(self.model, self.params, self.method, Path(directory), format, merge, self.run, self.step, shard_bytes)
 
 
 def pooled(hidden_BTD: jax.Array, mask_BT: jax.Array, pool: str) -> jax.Array:

@@ -73,7 +73,7 @@ def test_a_cut_stack_reads_and_writes_the_same_checkpoint(tmp_path, ours, checkp
     assert np.array_equal(ours(tmp_path).logits(tokens), ours_of("llama2").logits(tokens))
 
 
-@pytest.mark.parametrize(("family", "first"), [("llama2", 100), ("llama2", 97), ("llama3", 100)])
+@pytest.mark.parametrize(("family", "first"), [("llama2", 100), ("llama2", 97), ("llama3", 100), ("bert_masked", 100)])
 def test_rows_of_added_tokens_are_put_in_their_places(family, first, tmp_path, ours, checkpoint_of):
     net = ours(checkpoint_of(family), added=(first, 2))
     rng = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def test_rows_of_added_tokens_are_put_in_their_places(family, first, tmp_path, o
     checkpoint.save(tmp_path, params, net.config, original=net.raw)
     tokens = checkpoints.tokens(2, 12)
     tokens[:, 3], tokens[:, 7] = first, first + 1
-    model = checkpoints.reference(tmp_path)
+    model = checkpoints.reference(tmp_path, checkpoints.FAMILIES[family].get("auto", "CausalLM"))
     assert model.config.vocab_size == max(100, first + 2)
     assert_same(net.logits(tokens, params=params), theirs(model, tokens))
 

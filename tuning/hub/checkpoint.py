@@ -200,6 +200,8 @@ def _tensors(leaves: Mapping[str, Any], config: Config, table: Table, dtype: np.
             values = whole.T if place.transposed else whole
             if leaf in added:
                 values = np.concatenate([values[:first], mesh.gather(added[leaf]), values[first + count :]])
+            elif leaf == "head/bias" and count and config.head.output == "vocabulary":  # added tokens have none
+                values = np.concatenate([values[:first], np.zeros(count, values.dtype), values[first + count :]])
             yield name, _cast(name, values, dtype)
 
 
