@@ -11,5 +11,6 @@ if [ $# -eq 0 ]; then
     ruff check
     ruff format --check
     pyright
+    set -- --numprocesses=auto --maxprocesses=4 --dist=loadgroup
 fi
 python -m pytest "$@"

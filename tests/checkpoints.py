@@ -169,6 +169,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+# Entries whose layers are those of another one of their family, but for numbers.
+ALIKE = (
+    "llama3", "llama_linear", "llama_yarn", "qwen2_window", "falcon_one_norm", "t5_gated", "gemma3_body", "bert_pooled", "xlm_roberta",
+    "gpt2_body", "t5_body",
+)  # fmt: skip
+
+
+def bodies() -> list[str]:
+    """The entries that differ in more than their head."""
+    speaks = ("CausalLM", "MaskedLM", "Seq2SeqLM", "")
+    return [name for name, said in FAMILIES.items() if said.get("auto", "CausalLM") in speaks and name not in ALIKE]
+
+
 def tiny(family: str, directory: Path, *, max_shard_size: str | int = "20KB", seed: int = 0, **overrides: Any) -> Path:
     """Writes a random checkpoint of a family (a key of FAMILIES) in several shards; overrides change its transformers configuration."""
     import torch

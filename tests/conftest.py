@@ -8,12 +8,22 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny programs are compiled more often than run: less effort on their machine code halves the time of the tests.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+# Eight devices share few cores: where one waits long for the others, that is no deadlock.
+os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What shares compiled programs runs in one process: the tests of a file or, where families are the parameter, those of a family."""
+    for item in items:
+        shared = getattr(getattr(item, "callspec", None), "params", {}).get("family")
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}-{shared}" if shared else item.path.name))
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
 
 
 def environment(devices: int = 8, **more: str) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"  # bits as in tests/conftest.py
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
 
 

@@ -19,7 +19,7 @@ def texts(path, **options):
     ("name", "content"),
     [
         ("a.jsonl", ABC),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n\n{"text": "c"}')),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": "b"}\n\n{"text": "c"}', mtime=0)),
         ("a.json", '[{"text": "a"},\n {"text": "b"}, {"text": "c"}]'),
         ("b.json", ABC),
         ("a.csv", 'n,text\n1,a\n2,"b"\n3,c\n'),
@@ -100,7 +100,7 @@ GOOD = b'{"text": "a"}\n'
     ("name", "content", "message"),
     [
         ("a.jsonl", b"", r"a\.jsonl is empty"),
-        ("a.jsonl.gz", gzip.compress(b""), r"a\.jsonl\.gz is empty"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), r"a\.jsonl\.gz is empty"),
         ("a.jsonl", GOOD + b'{"text": "b"\n', r"a\.jsonl, line 2: not JSON .*: '\{\"text\": \"b\"'"),
         ("a.jsonl", GOOD + b"\n" + b'{"text": "b', r"a\.jsonl, line 3: not JSON"),
         ("a.jsonl", GOOD + b"[1, 2]\n", r"a\.jsonl, line 2: not an object"),
@@ -113,7 +113,7 @@ GOOD = b'{"text": "a"}\n'
         ("a.tsv", b"a\ta\n1\t2\n", r"names a column twice. Without a header line, set columns"),
         ("a.csv", b"a,b\n", r"a\.csv, split 'train',"),
         ("a.txt", b"\n \n", r"holds no rows"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 1000)[:-20], r"a\.jsonl\.gz is damaged or cut short"),
+        ("a.jsonl.gz", gzip.compress(GOOD * 1000, mtime=0)[:-20], r"a\.jsonl\.gz is damaged or cut short"),
         ("a.jsonl.gz", GOOD, r"a\.jsonl\.gz is damaged"),
         ("a.parquet", b"PAR1", r"a\.parquet, split 'train', could not be read"),
         ("a.docx", b"x", r"a\.docx has no known suffix"),
