@@ -106,6 +106,7 @@ class EncoderDecoder(nnx.Module):
         c, d = config, config.decoder
         self.config = c
         self.embed = Embedding(d.vocab_size, d.width, rngs, added=d.added)
+        self.embed.table[...] = jax.random.normal(rngs.params(), (d.vocab_size, d.width))  # T5's start; a tied head scales it down
         self.encoder = Trunk(c.encoder, "encoder/", False, sites, (), rngs)
         self.decoder = Trunk(d, "decoder/", True, sites, cuts, rngs)
         self.head = Head(d.head, d.width, d.vocab_size, d.tied, d.added, rngs)

@@ -195,6 +195,8 @@ class Attention(nnx.Module):
         self.q = None if shape.fused else make("q", query, "heads")
         self.k = None if shape.fused else make("k", kv, "kv_heads")
         self.v = None if shape.fused else make("v", kv, "kv_heads")
+        if self.q is not None and shape.scale == 1:  # products that are not scaled start as small as those that are (T5's start)
+            self.q.kernel[...] = self.q.kernel[...] * shape.head_dim**-0.5
         self.o = Linear(Site(f"{role}/o", (query, D), ("heads", "embed"), layers), sites, rngs, bias=shape.out_bias)
         sizes = {"": (0, 0), "head": (shape.head_dim,) * 2, "whole": (query, kv)}[shape.qk_norm]
         self.q_norm = Norm(shape.norm, sizes[0], shape.eps) if shape.qk_norm else None
