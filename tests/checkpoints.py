@@ -22,6 +22,7 @@ T5 = dict(
 )  # fmt: skip
 # One entry for each variation of a family: `model_type`, `auto` (the AutoModelFor... that makes it; CausalLM if not said), and what its
 # configuration has besides COMMON (`alone`: instead of COMMON; `untied`: the head gets its own weights, whatever is said).
+# fmt: off
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama2": dict(model_type="llama"),
     "llama3": dict(model_type="llama", rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
@@ -40,36 +41,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": dict(model_type="qwen3", head_dim=16, tie_word_embeddings=True),
     "mixtral": dict(model_type="mixtral", sliding_window=5, num_local_experts=6),
     "qwen3_moe": dict(
-        model_type="qwen3_moe",
-        num_hidden_layers=4,
-        head_dim=8,
-        num_experts=5,
-        num_experts_per_tok=3,
-        moe_intermediate_size=24,
-        mlp_only_layers=[0, 2],
-        norm_topk_prob=True,
+        model_type="qwen3_moe", num_hidden_layers=4, head_dim=8, num_experts=5, num_experts_per_tok=3, moe_intermediate_size=24,
+        mlp_only_layers=[0, 2], norm_topk_prob=True
     ),
     "gpt2": dict(model_type="gpt2"),
     "gpt2_classes": dict(model_type="gpt2", num_hidden_layers=2, n_inner=48, auto="SequenceClassification", num_labels=3),
     "gpt2_body": dict(model_type="gpt2", num_hidden_layers=2, activation_function="relu", auto=""),
     "neox": dict(model_type="gpt_neox", rotary_pct=0.5, rotary_emb_base=500),
     "neox_answers": dict(
-        model_type="gpt_neox",
-        num_hidden_layers=2,
-        use_parallel_residual=False,
-        attention_bias=False,
-        auto="QuestionAnswering",
-        rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=3.0, partial_rotary_factor=1.0),
+        model_type="gpt_neox", num_hidden_layers=2, use_parallel_residual=False, attention_bias=False, auto="QuestionAnswering",
+        rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=3.0, partial_rotary_factor=1.0)
     ),
     "falcon": dict(model_type="falcon"),
     "falcon_new": dict(model_type="falcon", new_decoder_architecture=True, num_kv_heads=2, rope_parameters=YARN_ROPE),
     "falcon_one_norm": dict(
-        model_type="falcon",
-        num_hidden_layers=2,
-        new_decoder_architecture=True,
-        num_kv_heads=2,
-        num_ln_in_parallel_attn=1,
-        tie_word_embeddings=False,
+        model_type="falcon", num_hidden_layers=2, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1,
+        tie_word_embeddings=False
     ),
     "falcon_alibi": dict(
         model_type="falcon", hidden_size=48, num_attention_heads=12, alibi=True, multi_query=False, parallel_attn=False, bias=True
@@ -82,25 +69,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mt5": {**T5, "model_type": "mt5", "num_decoder_layers": 4, "untied": True},
     "gemma": dict(model_type="gemma", head_dim=16, hidden_act="gelu", attention_bias=True),
     "gemma2": dict(
-        model_type="gemma2",
-        num_hidden_layers=5,
-        head_dim=16,
-        query_pre_attn_scalar=64,
-        attn_logit_softcapping=2.0,
-        final_logit_softcapping=9.0,
-        sliding_window=5,
+        model_type="gemma2", num_hidden_layers=5, head_dim=16, query_pre_attn_scalar=64, attn_logit_softcapping=2.0,
+        final_logit_softcapping=9.0, sliding_window=5
     ),
     "gemma3": dict(
-        model_type="gemma3_text",
-        num_hidden_layers=7,
-        head_dim=8,
-        query_pre_attn_scalar=100,
-        sliding_window=5,
-        sliding_window_pattern=3,
-        rope_theta=500.0,
-        rope_local_base_freq=20.0,
-        rope_scaling=dict(rope_type="linear", factor=3.0),
-        final_logit_softcapping=9.0,
+        model_type="gemma3_text", num_hidden_layers=7, head_dim=8, query_pre_attn_scalar=100, sliding_window=5, sliding_window_pattern=3,
+        rope_theta=500.0, rope_local_base_freq=20.0, rope_scaling=dict(rope_type="linear", factor=3.0), final_logit_softcapping=9.0
     ),
     "gemma3_body": dict(model_type="gemma3_text", num_hidden_layers=2, head_dim=8, sliding_window_pattern=1, auto=""),
     "gemma3_classes": dict(
@@ -108,21 +82,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     "olmo2": dict(model_type="olmo2", attention_bias=True),
     "smollm3": dict(
-        model_type="smollm3",
-        num_hidden_layers=5,
-        no_rope_layer_interval=2,
-        use_sliding_window=True,
-        sliding_window=5,
-        attention_bias=True,
-        mlp_bias=True,
+        model_type="smollm3", num_hidden_layers=5, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=5,
+        attention_bias=True, mlp_bias=True
     ),
     "phi3": dict(model_type="phi3", sliding_window=5),
     "phi3_long": dict(
-        model_type="phi3",
-        tie_word_embeddings=True,
-        original_max_position_embeddings=34,
-        partial_rotary_factor=0.75,
-        rope_parameters=dict(rope_type="longrope", rope_theta=500.0, short_factor=[1.0, 1.5, 2.0], long_factor=[2.0, 4.0, 8.0]),
+        model_type="phi3", tie_word_embeddings=True, original_max_position_embeddings=34, partial_rotary_factor=0.75,
+        rope_parameters=dict(rope_type="longrope", rope_theta=500.0, short_factor=[1.0, 1.5, 2.0], long_factor=[2.0, 4.0, 8.0])
     ),
     "bert_masked": dict(model_type="bert", auto="MaskedLM", layer_norm_eps=1e-3, hidden_act="gelu_new"),
     "bert_classes": dict(model_type="bert", auto="SequenceClassification", num_labels=3),
@@ -137,42 +103,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
         model_type="distilbert", auto="SequenceClassification", dim=32, n_layers=3, n_heads=4, hidden_dim=48, num_labels=3
     ),
     "modernbert_masked": dict(
-        model_type="modernbert",
-        auto="MaskedLM",
-        num_hidden_layers=5,
-        local_attention=10,
-        norm_eps=1e-3,
-        attention_bias=True,
-        mlp_bias=True,
-        norm_bias=True,
+        model_type="modernbert", auto="MaskedLM", num_hidden_layers=5, local_attention=10, norm_eps=1e-3, attention_bias=True,
+        mlp_bias=True, norm_bias=True
     ),
     "modernbert_classes": dict(
-        model_type="modernbert",
-        auto="SequenceClassification",
-        num_labels=3,
-        local_attention=10,
-        classifier_bias=True,
-        classifier_activation="silu",
-        classifier_pooling="mean",
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        model_type="modernbert", auto="SequenceClassification", num_labels=3, local_attention=10, classifier_bias=True,
+        classifier_activation="silu", classifier_pooling="mean", layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
     "modernbert_spans": dict(
-        model_type="modernbert",
-        auto="QuestionAnswering",
-        local_attention=10,
-        hidden_activation="relu",
-        rope_parameters=dict(
-            full_attention=dict(rope_type="linear", factor=3.0, rope_theta=500.0),
-            sliding_attention=dict(rope_type="default", rope_theta=70.0),
-        ),
+        model_type="modernbert", auto="QuestionAnswering", local_attention=10, hidden_activation="relu", rope_parameters=dict(
+        full_attention=dict(rope_type="linear", factor=3.0, rope_theta=500.0), sliding_attention=dict(rope_type="default",
+        rope_theta=70.0), )
     ),
 }
+# fmt: on
 
 
 # Entries whose layers are those of another one of their family, but for numbers.
 ALIKE = (
-    "llama3", "llama_linear", "llama_yarn", "qwen2_window", "falcon_one_norm", "t5_gated", "gemma3_body", "bert_pooled", "xlm_roberta",
-    "gpt2_body", "t5_body",
+    "llama3", "llama_linear", "llama_yarn", "qwen2_window", "falcon_one_norm", "t5_gated", "gemma3_body", "bert_pooled", "gpt2_body",
+    "t5_body",
 )  # fmt: skip
 
 

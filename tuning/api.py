@@ -133,7 +133,7 @@ def flops_per_token(parts: build.Parts) -> float:
     shapes = {name: leaf.shape for name, leaf in tree.flatten(m.layout).items()}
 
     def passes(name: str) -> float:
-        if tree.matches(r"^encoder/|(^|/)cross/(k|v)/", name):
+        if tree.matches(flops.INPUTS, name):
             return report.input_tokens / report.tokens
         routed = name.endswith("kernel") and len(shapes[name]) == 4
         return m.source.config.per_token / m.source.config.experts if routed else 1.0

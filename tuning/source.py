@@ -51,7 +51,7 @@ class Source:
         head = self.config.head
         return Reader(
             self.tokenizer, kind=self.config.reads, classes=head.classes, per_token=bool(head.classes) and not head.pool,
-            pool="last" if head.pool == "last" else "first", start=getattr(self.config, "start", None),
+            pool="last" if head.pool == "last" else "first", start=self.config.start,
         )  # fmt: skip
 
 
@@ -102,8 +102,7 @@ def pretrained(
         config = config.replace(added=(first, count))
     config = config.replace(dtype=dtype, precision=precision, remat=remat)
     if dropout is not None:
-        head_config = dataclasses.replace(config.head, dropout=dropout, dense_dropout=dropout)
-        config = config.replace(dropout=dropout, attention_dropout=dropout, mlp_dropout=dropout, head=head_config)
+        config = config.with_dropout(dropout)
     return Source(config, words, directory, published, files.resolve(adapter) if adapter else None, path, revision, fresh)
 
 

@@ -3,7 +3,9 @@
 import pathlib
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from tests import words
 
 SENTENCES = [
     "The cat sat on the mat and looked at the moon.",
@@ -86,29 +88,13 @@ def spaced():
 @pytest.fixture
 def bert():
     """Lower-cased pieces of words, in the frame [CLS] a [SEP] b [SEP]."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    tokenizer.train_from_iterator(SENTENCES, trainers.WordPieceTrainer(vocab_size=100, special_tokens=special, show_progress=False))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return wrap(tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]")
+    return words.bert(SENTENCES, 100)
 
 
 @pytest.fixture
 def t5():
     """Unigrams with a space before every word, and </s> after a text."""
-    special = ["<pad>", "</s>", "<unk>"]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=special, unk_token="<unk>", show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES[:2], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
-    return wrap(tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    return words.t5(SENTENCES[:2], 60)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from tuning.hub.family import Family, Form, Raw, activation, activation_name, bare, refuse, size, sorts, spans, speaks, value
+from tuning.hub.family import Family, Form, Raw, activation, activation_name, bare, refuse, size, sorts, spans, speaks, value, write_sizes
 from tuning.hub.names import Row
 from tuning.models.heads import HeadConfig
 from tuning.models.transformer import TransformerConfig
@@ -185,11 +185,7 @@ def _read_distilbert(raw: Raw) -> TransformerConfig:
 
 def _write(c: TransformerConfig) -> dict[str, Any]:
     return {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "intermediate_size": c.hidden,
+        **write_sizes(c),
         "hidden_act": activation_name(c.activation),
         "hidden_dropout_prob": c.dropout,
         "attention_probs_dropout_prob": c.attention_dropout,

@@ -124,6 +124,17 @@ def windows(raw: Raw, default: list[str], window: int | None) -> list[int | None
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
+def write_sizes(c: Any) -> dict[str, Any]:
+    """The sizes of a TransformerConfig under the names that most families have for them."""
+    return {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "intermediate_size": c.hidden,
+    }
+
+
 # Rotary positions: the numbers that each kind needs.
 ROPE_KEYS = {
     "default": (),

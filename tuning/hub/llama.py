@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuning.hub.family import Family, Raw, activation, activation_name, decoder_forms, rope, size, value, windows, write_rope
+from tuning.hub.family import Family, Raw, activation, activation_name, decoder_forms, rope, size, value, windows, write_rope, write_sizes
 from tuning.hub.names import Row
 from tuning.models.transformer import TransformerConfig
 from tuning.nn.block import Kind
@@ -71,13 +71,9 @@ def write(c: TransformerConfig) -> dict[str, Any]:
     share = c.rotary_dim / c.head_dim if c.rotary_dim else 1.0
     parameters = write_rope(c.rope_theta, c.rope_scaling, share)
     return {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
+        **write_sizes(c),
         "num_key_value_heads": c.kv_heads,
         "head_dim": c.head_dim,
-        "intermediate_size": c.hidden,
         "max_position_embeddings": c.max_length,
         "rope_theta": c.rope_theta,
         "rope_scaling": {k: v for k, v in parameters.items() if k != "rope_theta"} if c.rope_scaling else None,

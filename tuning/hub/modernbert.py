@@ -22,6 +22,7 @@ from tuning.hub.family import (
     speaks,
     value,
     write_rope,
+    write_sizes,
 )
 from tuning.hub.names import Row
 from tuning.models.heads import HeadConfig
@@ -141,11 +142,7 @@ def _write(c: TransformerConfig) -> dict[str, Any]:
     window = max((kind.window or 0 for kind in c.kinds if kind.rope == "local"), default=65)
     head = c.head
     return {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "intermediate_size": c.hidden,
+        **write_sizes(c),
         "max_position_embeddings": c.max_length,
         "hidden_activation": activation_name(c.activation),
         "norm_eps": c.norm_eps,

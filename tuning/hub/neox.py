@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuning.hub.family import SPANS, Family, Raw, activation, activation_name, decoder_forms, rope, size, value, write_rope
+from tuning.hub.family import SPANS, Family, Raw, activation, activation_name, decoder_forms, rope, size, value, write_rope, write_sizes
 from tuning.hub.gpt2 import table
 from tuning.models.transformer import TransformerConfig
 
@@ -46,11 +46,7 @@ def write(c: TransformerConfig) -> dict[str, Any]:
     share = (c.rotary_dim or c.head_dim) / c.head_dim
     parameters = {**write_rope(c.rope_theta, c.rope_scaling), "partial_rotary_factor": share}
     return {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.width,
-        "num_hidden_layers": c.layers,
-        "num_attention_heads": c.heads,
-        "intermediate_size": c.hidden,
+        **write_sizes(c),
         "max_position_embeddings": c.max_length,
         "use_parallel_residual": c.order == "parallel",
         "layer_norm_eps": c.norm_eps,

@@ -14,6 +14,7 @@ from flax import nnx
 from tuning.core import tree
 from tuning.core.types import Tree
 from tuning.methods.method import Method
+from tuning.nn.dropout import dropout
 from tuning.nn.sites import Outline, Project, Site, Sites, matmul
 
 
@@ -28,10 +29,7 @@ class LowRank(nnx.Module):
         self.scale, self.dropout = scale, dropout
 
     def __call__(self, x: jax.Array, project: Project, key: jax.Array | None) -> jax.Array:
-        z = x
-        if self.dropout and key is not None:
-            keep = 1 - self.dropout
-            z = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
+        z = dropout(x, self.dropout, key)
         return project(x) + matmul(matmul(z, self.a[...]) * self.scale, self.b[...])
 
 

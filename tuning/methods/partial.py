@@ -8,7 +8,7 @@ from __future__ import annotations
 from tuning.core import tree
 from tuning.methods.method import Method
 from tuning.nn.sites import Outline
-from tuning.nn.stack import layer_range
+from tuning.nn.stack import counted_layers
 
 
 def partial(outline: Outline, *, leaves: str = "", last_layers: int = 0) -> Method:
@@ -26,7 +26,7 @@ def partial(outline: Outline, *, leaves: str = "", last_layers: int = 0) -> Meth
     first = outline.layers - last_layers
 
     def tuned(name: str) -> bool:
-        span = None if name.startswith("encoder/") else layer_range(name)  # of an encoder-decoder, the decoder's layers count
+        span = counted_layers(name)
         return bool(leaves and tree.matches(leaves, name)) or (last_layers > 0 and span is not None and span.start >= first)
 
     return Method(tuned=tuned, cuts=(first,) if last_layers else ())

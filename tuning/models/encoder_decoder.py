@@ -85,7 +85,12 @@ class EncoderDecoderConfig:
         encoder, decoder = dataclasses.replace(self.encoder, **shared), dataclasses.replace(self.decoder, **changes)
         return dataclasses.replace(self, encoder=encoder, decoder=decoder)
 
+    def with_dropout(self, rate: float) -> EncoderDecoderConfig:
+        """With one rate wherever something is dropped, on both sides."""
+        return dataclasses.replace(self, encoder=self.encoder.with_dropout(rate), decoder=self.decoder.with_dropout(rate))
+
     def empty_cache(self, batch: int, slots: int, cuts: tuple[int, ...] = ()) -> caches.Cache:
+        """A cache for the decoder's tokens; `remember` puts into it what the encoder makes of its own."""
         return self.decoder.empty_cache(batch, slots, cuts)
 
     def construct(self, sites: Sites, cuts: tuple[int, ...] = ()) -> Callable[[nnx.Rngs], nnx.Module]:

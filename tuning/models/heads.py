@@ -59,6 +59,10 @@ class HeadConfig:
         if (self.output == "classes") != bool(self.classes):
             raise ValueError(f"A head over {self.output} has {len(self.classes)} classes; only a head over classes names them.")
 
+    def with_dropout(self, rate: float) -> HeadConfig:
+        """With one rate wherever something is dropped."""
+        return dataclasses.replace(self, dropout=rate, dense_dropout=rate)
+
 
 LANGUAGE_MODEL = HeadConfig()
 

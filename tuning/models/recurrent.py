@@ -16,12 +16,12 @@ from flax import nnx
 
 from tuning.core import keys, mesh
 from tuning.core.types import Batch
+from tuning.models.checks import check
 from tuning.models.heads import LANGUAGE_MODEL, Head, HeadConfig
 from tuning.models.transformer import mean_of_segments
 from tuning.nn.linear import Embedding
 from tuning.nn.recurrent import CELLS, Recurrent, RecurrentCache, empty
 from tuning.nn.sites import Sites
-from tuning.nn.stack import REMAT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +57,7 @@ class RecurrentConfig:
     remat: str = "none"
 
     def __post_init__(self):
-        positive = ("vocab_size", "width", "hidden", "layers", "max_length")
-        if low := [f"{name}={getattr(self, name)}" for name in positive if getattr(self, name) < 1]:
-            raise ValueError(f"A recurrent network's sizes are positive; {', '.join(low)}.")
-        for name, known in (
-            ("cell", tuple(CELLS)), ("dtype", ("float32", "bfloat16")), ("precision", ("highest", "default")), ("remat", tuple(REMAT)),
-        ):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise ValueError(f"model.{name}={getattr(self, name)!r} is not one of {', '.join(known)}.")
+        check(self, ("vocab_size", "width", "hidden", "layers", "max_length"), {"cell": tuple(CELLS)})
         if not 0 <= self.dropout < 1 or (self.dropout and self.layers == 1):
             raise ValueError(f"dropout={self.dropout} lies in [0, 1) and acts between layers; there are layers={self.layers}. Set it to 0.")
         if self.bidirectional and self.head.output == "vocabulary":
@@ -77,8 +70,8 @@ class RecurrentConfig:
             )
         if self.shares and self.hidden != self.width:
             raise ValueError(f"tied=True makes the embedding the head, which needs hidden={self.hidden} to be width={self.width}.")
-        if self.added[1] and self.added[0] > self.vocab_size:
-            raise ValueError(f"added={self.added} leaves a gap behind the {self.vocab_size} rows of the table.")
+
+    start = None  # no token stands before what it reads
 
     @property
     def vocabulary(self) -> int:
@@ -98,6 +91,10 @@ class RecurrentConfig:
     def replace(self, **changes: Any) -> RecurrentConfig:
         """With some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def with_dropout(self, rate: float) -> RecurrentConfig:
+        """With one rate wherever something is dropped."""
+        return self.replace(dropout=rate, head=self.head.with_dropout(rate))
 
     def attention_flops(self, length: float) -> float:
         """There is no attention."""

@@ -15,6 +15,7 @@ from flax import nnx
 
 from tuning.core import keys, mesh
 from tuning.core.types import Batch, Mean
+from tuning.models.checks import check
 from tuning.models.heads import LANGUAGE_MODEL, Head, HeadConfig
 from tuning.nn import cache as caches
 from tuning.nn import moe, rotary
@@ -26,7 +27,7 @@ from tuning.nn.mlp import ACTIVATIONS
 from tuning.nn.norm import NORMS, Norm
 from tuning.nn.position import RelativeBias, alibi, alibi_of_keys
 from tuning.nn.sites import Sites
-from tuning.nn.stack import REMAT, Stack, segments
+from tuning.nn.stack import Stack, segments
 
 POSITIONS = ("rotary", "learned", "alibi", "alibi_keys", "relative")
 
@@ -113,22 +114,15 @@ class TransformerConfig:
     def __post_init__(self):
         if not self.kinds:
             object.__setattr__(self, "kinds", (Kind(),) * self.layers)
-        positive = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "hidden", "max_length")
-        if low := [f"{name}={getattr(self, name)}" for name in positive if getattr(self, name) < 1]:
-            raise ValueError(f"A network's sizes are positive; {', '.join(low)}.")
+        sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "hidden", "max_length")
+        choices = dict(order=ORDERS, norm=NORMS, positions=POSITIONS, fused=FUSED, qk_norm=QK_NORMS, activation=tuple(ACTIVATIONS))
+        check(self, sizes, choices)
         if len(self.kinds) != self.layers:
             raise ValueError(f"kinds describes {len(self.kinds)} layers, and there are layers={self.layers}.")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}, which share them.")
-        known = dict(
-            dtype=("float32", "bfloat16"), precision=("highest", "default"), remat=tuple(REMAT), order=ORDERS, norm=NORMS,
-            positions=POSITIONS, fused=FUSED, qk_norm=QK_NORMS, activation=tuple(ACTIVATIONS),
-        )  # fmt: skip
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"model.{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, values))}.")
-        if self.added[1] and self.added[0] > self.vocab_size:
-            raise ValueError(f"added={self.added} leaves a gap behind the {self.vocab_size} rows of the table.")
+
+    start = None  # no token stands before what it reads
 
     @property
     def vocabulary(self) -> int:
@@ -163,6 +157,10 @@ class TransformerConfig:
     def replace(self, **changes: Any) -> TransformerConfig:
         """With some fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def with_dropout(self, rate: float) -> TransformerConfig:
+        """With one rate wherever something is dropped."""
+        return self.replace(dropout=rate, attention_dropout=rate, mlp_dropout=rate, head=self.head.with_dropout(rate))
 
     def empty_cache(self, batch: int, slots: int, cuts: tuple[int, ...] = ()) -> caches.Cache:
         """A cache for `slots` tokens of each sequence, in the dtype of the computation."""

@@ -45,6 +45,11 @@ def layer_range(name: str) -> range | None:
     return apart(name)[1]
 
 
+def counted_layers(name: str) -> range | None:
+    """The same as a method counts layers: of an encoder-decoder those of the decoder, which stand behind the whole encoder."""
+    return None if name.startswith("encoder/") else layer_range(name)
+
+
 def segments(kinds: Sequence[Hashable], cuts: tuple[int, ...]) -> list[Segment]:
     """The segments of a stack of layers of these kinds, cut before the layers that `cuts` gives."""
     layers = len(kinds)

@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tuning.core import tree
-from tuning.nn.stack import layer_range
+from tuning.nn.stack import counted_layers
 
 MATRIX = r"(^|/)kernel$|adapter/(a|b)$"
+INPUTS = r"^encoder/|(^|/)cross/(k|v)/"  # what the tokens of an encoder pass through, and those of its decoder do not
 EMBEDDING, HEAD = r"^embed/(table|added)$", r"^head/(kernel|added)$"
 
 # bf16 FLOP/s of one JAX device by its kind, without sparsity, from the vendors' data sheets. Whole names: an unknown variant (a slice of
@@ -46,12 +47,12 @@ def flops_per_token(
     leaves           {name: shape} of all parameters, layers stacked on the first axis
     tuned            whether the leaf of that name learns
     attention_flops  forward FLOPs per token of the attention scores and their use, in all layers
-    passes           how many times a token passes through a leaf: the share of experts that it is routed to; for the leaves of an encoder,
+    passes           how many times a token passes through a leaf: the share of experts that it is routed to; for those that match INPUTS,
                      the encoder's tokens for each of the decoder's
 
     Full tuning gives 6 P + 3 A, adapters in every layer 4 P + 6 N + 3 A, with P elements in matrices, N in adapters and A for attention.
     """
-    layers = max((span.stop for name in leaves if (span := _layers(name))), default=0)
+    layers = max((span.stop for name in leaves if (span := counted_layers(name))), default=0)
     lowest = min((_place(name, layers) for name in leaves if tuned(name)), default=layers + 2)
     head = HEAD if any(tree.matches(HEAD, name) for name in leaves) else EMBEDDING  # tied: the embedding is the head's matrix
     total = attention_flops * (1 + 2 * (layers - min(max(lowest, 0), layers)) / max(layers, 1))
@@ -68,15 +69,10 @@ def flops_per_token(
 
 def _place(name: str, layers: int) -> int:
     """Where a leaf stands: -1 before the layers, its first layer, `layers` for the norm after them, `layers + 1` for the head."""
-    span = _layers(name)
+    span = counted_layers(name)
     if span:
         return span.start
     return layers + 1 if name.startswith("head/") else layers if name.startswith(("norm/", "decoder/norm/")) else -1
-
-
-def _layers(name: str) -> range | None:
-    """A leaf's layers; those of an encoder stand before the layers of its decoder, which are counted."""
-    return None if name.startswith("encoder/") else layer_range(name)
 
 
 def peak_flops(device: Any) -> float | None:
