@@ -58,7 +58,7 @@ MISTAKES = {
     "accumulate": (["--config.train.accumulate=3"], "train.accumulate=3 must divide train.batch_size=8"),
     "too long": (["--config.data.train.length=4096"], "data.train.length=4096 is more than the 128 positions"),
     "dtype": (["--config.model.dtype=float8"], "float8"),
-    "remat": (["--config.model.remat=some"], "model.remat='some' is not one of 'none', 'dots', 'full'"),
+    "remat": (["--config.model.remat=some"], "model.remat='some' is not one of none, dots, full"),
 }
 
 
