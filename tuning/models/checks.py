@@ -16,6 +16,7 @@ def check(config: Any, sizes: Sequence[str], choices: Mapping[str, Sequence[str]
         raise ValueError(f"A network's sizes are positive; {', '.join(low)}.")
     for name, known in {**COMPUTES, **choices}.items():
         if getattr(config, name) not in known:
-            raise ValueError(f"model.{name}={getattr(config, name)!r} is not one of {', '.join(value or "''" for value in known)}.")
+            named = ", ".join(value or "''" for value in known)
+            raise ValueError(f"model.{name}={getattr(config, name)!r} is not one of {named}.")
     if config.added[1] and config.added[0] > config.vocab_size:
         raise ValueError(f"added={config.added} leaves a gap behind the {config.vocab_size} rows of the table.")
