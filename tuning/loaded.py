@@ -140,7 +140,7 @@ class LoadedModel:
         classes, pool = self.config.head.classes, self.config.head.pool
         if not classes or not pool:
             raise ValueError("classify is for a model whose head classifies a sequence; see model.head.")
-        rows = [f.tokens for f in frame(self.tokenizer).encode([texts] if isinstance(texts, str) else list(texts))]
+        rows = [f.tokens for f in frame(self.tokenizer).encode(_listed(texts))]
         tokens, mask = _pad(rows, self.config.max_length)
         shares = jax.nn.softmax(self.logits(tokens, mask), axis=-1)
         return [dict(zip(classes, map(float, row), strict=True)) for row in np.asarray(shares)[: len(rows)]]
@@ -156,12 +156,12 @@ class LoadedModel:
             raise ValueError(f"{source.path!r} is no sentence encoder: it has no modules.json, which says how tokens become one embedding.")
         if self.config.head.pool == "mean":
             raise ValueError("This head has averaged the hidden states already. Load the checkpoint with model.head=none to embed.")
-        plain = [text.strip() for text in ([texts] if isinstance(texts, str) else texts)]
-        rows = [f.tokens for f in frame(self.tokenizer).encode([text.lower() if how.lower else text for text in plain])]
+        plain, around = [text.strip() for text in _listed(texts)], frame(self.tokenizer)
+        rows = [f.tokens for f in around.encode([text.lower() if how.lower else text for text in plain])]
         longest = min(how.max_tokens or self.config.max_length, self.config.max_length)
         if cut := sum(len(row) > longest for row in rows):
             log.warning("%d of %d texts are longer than the %d tokens that the encoder reads, and are cut.", cut, len(rows), longest)
-            rows = [row[frame(self.tokenizer).trim(row, longest)] for row in rows]
+            rows = [row[around.trim(row, longest)] for row in rows]
         found = []
         for first in range(0, len(rows), batch_size):
             some = rows[first : first + batch_size]
@@ -180,9 +180,11 @@ class LoadedModel:
         """
         if self.config.head.output != "vocabulary" or self.config.reads == "encoder":
             raise ValueError(f"This model does not generate: it is an {self.config.reads} with a head over {self.config.head.output}.")
-        texts, net = [prompts] if isinstance(prompts, str) else list(prompts), self.model.network
+        texts, net = _listed(prompts), self.model.network
         more: dict[str, Any] = {}
         if self.config.reads == "encoder_decoder":  # the prompts are the encoder's to read
+            if self.config.start is None:
+                raise ValueError("An encoder-decoder starts from a token that config.json does not name. Set decoder_start_token_id there.")
             more = dict(
                 remember=net.remember, inputs=[self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"] for text in texts]
             )
@@ -204,7 +206,7 @@ class LoadedModel:
         """Mean negative log-likelihood per token (nats) of each text; its first token is not scored."""
         if self.config.head.output != "vocabulary" or self.config.reads != "decoder":
             raise ValueError(f"score is for decoders that say what follows; this is an {self.config.reads} over {self.config.head.output}.")
-        ids = [self.tokenizer(text)["input_ids"] for text in ([texts] if isinstance(texts, str) else texts)]
+        ids = [self.tokenizer(text)["input_ids"] for text in _listed(texts)]
         if short := [i for i, tokens in enumerate(ids) if len(tokens) < 2]:
             raise ValueError(f"Text {short[0]} has fewer than two tokens: nothing in it can be predicted.")
         with jax.set_mesh(self.model.mesh):
@@ -217,6 +219,12 @@ class LoadedModel:
         be larger than `shard_bytes` is written as several.
         """
         return export.write(self.model, self.params, self.method, Path(directory), format, merge, self.run, self.step, shard_bytes)
+
+
+def _listed(texts: str | Sequence[str]) -> list[str]:
+    if not (found := [texts] if isinstance(texts, str) else list(texts)):
+        raise ValueError("There is no text: the list is empty.")
+    return found
 
 
 def pooled(hidden_BTD: jax.Array, mask_BT: jax.Array, pool: str) -> jax.Array:

@@ -107,6 +107,8 @@ class Trunk(nnx.Module):
 
 
 class EncoderDecoder(nnx.Module):
+    """An embedding, the layers of both sides and a head, as an EncoderDecoderConfig has them."""
+
     def __init__(self, config: EncoderDecoderConfig, sites: Sites, cuts: tuple[int, ...], rngs: nnx.Rngs):
         c, d = config, config.decoder
         self.config = c

@@ -113,6 +113,8 @@ class RecurrentConfig:
 
 
 class RecurrentNetwork(nnx.Module):
+    """An embedding, the recurrent layers and a head, as a RecurrentConfig has them."""
+
     def __init__(self, config: RecurrentConfig, sites: Sites, rngs: nnx.Rngs):
         c = self.config = config
         self.embed = Embedding(c.vocab_size, c.width, rngs, added=c.added)

@@ -173,6 +173,8 @@ class TransformerConfig:
 
 
 class Transformer(nnx.Module):
+    """An embedding, the layers and a head, as a TransformerConfig has them."""
+
     def __init__(self, config: TransformerConfig, sites: Sites, cuts: tuple[int, ...], rngs: nnx.Rngs):
         c = self.config = config
         self.embed = Embedding(c.vocab_size, c.width, rngs, added=c.added)

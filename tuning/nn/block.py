@@ -92,6 +92,8 @@ class Context:
 
 
 class Block(nnx.Module):
+    """One layer; `layers` are those that are stacked with it."""
+
     def __init__(self, layer: Layer, kind: Kind, layers: range, sites: Sites, rngs: nnx.Rngs):
         c, width = layer, layer.attention.width
         norm = lambda there: Norm(c.norm, width, c.eps) if there else None  # noqa: E731
