@@ -11,6 +11,6 @@ if [ $# -eq 0 ]; then
     ruff check
     ruff format --check
     pyright
-    set -- --numprocesses=auto --maxprocesses=4 --dist=loadgroup
+    set -- --numprocesses=auto --maxprocesses=4 --max-worker-restart=0 --dist=loadgroup
 fi
 python -m pytest "$@"

@@ -2,14 +2,12 @@
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+from tests import devices
+
+os.environ.update(devices.environment())
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tiny programs are compiled more often than run: less effort on their machine code halves the time of the tests.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
-# Eight devices share few cores: where one waits long for the others, that is no deadlock.
-os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
 
 import jax
 import pytest

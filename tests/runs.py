@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests import checkpoints
+from tests import checkpoints, devices
 from tests import words as words_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,12 +84,11 @@ def write_config(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-def environment(devices: int = 8, **more: str) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1"  # bits as in tests/conftest.py
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **more}
+def environment(count: int = 8, **more: str) -> dict[str, str]:
+    return {**os.environ, **devices.environment(count), "PYTHONPATH": str(ROOT), **more}
 
 
-def start(*args: str, **env: str) -> subprocess.Popen:
+def start(*args: str, **env: Any) -> subprocess.Popen:
     """`python -m tuning ARGS` in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "tuning", *args],

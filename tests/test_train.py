@@ -147,7 +147,7 @@ def test_two_processes_train_the_same_run(home, tmp_path):
     config = runs.config(home)
     file = runs.write_config(tmp_path / "config.py", config)
     command = ("train", f"--config={file}", f"--workdir={tmp_path / 'run'}", f"--coordinator=127.0.0.1:{port}", "--processes=2")
-    processes = [runs.start(*command, f"--process={i}", devices=4) for i in range(2)]
+    processes = [runs.start(*command, f"--process={i}", count=4) for i in range(2)]
     outs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outs
     tuning.train(config, tmp_path / "one")
