@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 from tuning.core.types import Tree
 from tuning.nn.sites import NOTHING, Sites
+
+
+class Pace(NamedTuple):
+    """How fast a leaf learns.
+
+    rate   multiplies the learning rate
+    begin  the step from which on it learns; it and its optimiser state stand still before
+    Either is a number or, for a stacked leaf, may be a tuple with one number for each of its layers.
+    """
+
+    rate: float | tuple[float, ...] = 1.0
+    begin: int | tuple[int, ...] = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """How a network is tuned.
 
-    tuned   whether the leaf of this name learns
+    tuned   whether the leaf of this name ever learns
     sites   what is added to the network, and where
     cuts    layers before which the stack must be cut, because leaves on the two sides are treated differently
     start   parameters as loaded -> parameters to start from
     fold    parameters -> the base network's parameters that give the same outputs, nothing added (computed in float32)
+    pace    how fast the leaf of this name learns
+    slots   positions that are kept free before the tokens of every example, for what the method puts there
     """
 
     tuned: Callable[[str], bool]
@@ -25,3 +40,5 @@ class Method:
     cuts: tuple[int, ...] = ()
     start: Callable[[Tree], Tree] = lambda params: params
     fold: Callable[[Tree], Tree] = lambda params: params
+    pace: Callable[[str], Pace] = lambda name: Pace()
+    slots: int = 0
