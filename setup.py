@@ -35,6 +35,16 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         # torch is pinned: the tests compare with what it computes.
-        "test": ["torch==2.13.0", "peft>=0.18", "pyright[nodejs]", "pytest>=8", "pytest-timeout", "pytest-xdist", "ruff", "setuptools>=64"],
+        "test": [
+            "torch==2.13.0",
+            "peft>=0.18",
+            "pyright[nodejs]",
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist",
+            "qwix>=0.1.8",
+            "ruff",
+            "setuptools>=64",
+        ],
     },
 )
