@@ -70,6 +70,7 @@ def _run(parts: build.Parts, path: Path, first: bool, argv: Sequence[str]) -> di
         step.train_step(
             m.network.apply, parts.loss, parts.optimizer.transform,
             accumulate=parts.settings.accumulate, clip_norm=parts.settings.clip_norm, seed=seed,
+            begun=parts.optimizer.begun,
         ),
         start,
         loader.abstract(parts.train, parts.settings.batch_size, m.mesh),
@@ -127,8 +128,8 @@ def sampler(parts: build.Parts):
     return sample
 
 
-def flops_per_token(parts: build.Parts) -> float:
-    """Model FLOPs of one trained token, attention counted over whole rows."""
+def flops_per_token(parts: build.Parts, full: bool = False) -> float:
+    """Model FLOPs of one trained token, attention counted over whole rows; `full` gives those of full tuning."""
     m, report = parts.model, parts.train.report
     shapes = {name: leaf.shape for name, leaf in tree.flatten(m.layout).items()}
 
@@ -139,7 +140,10 @@ def flops_per_token(parts: build.Parts) -> float:
         return m.source.config.per_token / m.source.config.experts if routed else 1.0
 
     lengths = [length for length in (parts.train.length, parts.train.input_length) if length]
-    return flops.flops_per_token(shapes, m.tuned, m.source.config.attention_flops(*lengths), passes)
+    attention = m.source.config.attention_flops(*lengths)
+    if full:
+        return flops.flops_per_token({n: x for n, x in shapes.items() if "/adapter/" not in n}, lambda name: True, attention, passes)
+    return flops.flops_per_token(shapes, m.tuned, attention, passes)
 
 
 def peak_flops(where: Mesh) -> float | None:
@@ -154,9 +158,12 @@ def summary(parts: build.Parts) -> str:
     tuned, _ = tree.split(m.layout, m.tuned)
     some, every = tree.size(tuned), tree.size(m.layout)
     shape = {axis: size for axis, size in m.mesh.shape.items() if size > 1} or "one device"
-    config = m.source.config
+    config, optimizer = m.source.config, state.optimizer_layout(parts.optimizer.transform, tuned, m.mesh)
+    share = flops_per_token(parts) / flops_per_token(parts, full=True)
     return (
         f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}\n"
+        f"bytes that learn: {tree.nbytes(tuned):,} || optimizer bytes: {tree.nbytes(optimizer):,} || "
+        f"FLOPs%: {100 * share:.1f} of full tuning\n"
         f"mesh: {shape} ({m.mesh.devices.flat[0].device_kind}); computes in {config.dtype}"
         f"{f', matmul precision {config.precision}' if config.dtype == 'float32' else ''}; remat {config.remat}\n"
         f"train data: {parts.train.report}" + (f"\neval data: {parts.eval.report}" if parts.eval else "")

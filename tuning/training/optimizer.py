@@ -8,32 +8,43 @@ warm-up is 0. Directions and moments are computed in float32, whatever the dtype
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tuning.core import tree
 from tuning.core.types import Tree
+from tuning.methods.method import Pace
 
 Schedule = Callable[[Any], jax.Array]  # number of updates made, int or traced int32 -> multiplier in [0, 1], float32
 
 # Matrices decay: projections, adapter factors, the embedding. Norms, biases and added rows do not.
-DECAY = r"kernel$|/a$|/b$|table$"
+DECAY = r"kernel(_\d)?$|table$|/(a|b|w[12](_[ab])?)$|/adapter/(down|up)$"
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """An optimizer as a value.
 
-    transform      over the nested dict of the leaves that learn
+    direction      gradients -> directions; the only part whose state depends on how long a leaf has learned
+    pull           adds weight decay to the directions
     learning_rate  number of updates made -> the rate of the next one
+    begun          (gradients, number of updates made) -> the gradients, 0 where a leaf does not learn yet
     """
 
-    transform: optax.GradientTransformation
+    direction: optax.GradientTransformation
+    pull: optax.GradientTransformation
     learning_rate: Schedule
+    begun: Callable[[Tree, Any], Tree] = lambda gradients, count: gradients
+
+    @property
+    def transform(self) -> optax.GradientTransformation:
+        """The whole of it, over the nested dict of the leaves that learn."""
+        return _in_float32(optax.chain(self.direction, self.pull, optax.scale_by_learning_rate(self.learning_rate)))
 
 
 # Schedules. `steps` is the length of the run, in updates; at and after `steps` the multiplier is `final`.
@@ -205,7 +216,7 @@ def _optimizer(
         return learning_rate * schedule(count)
 
     pull = optax.add_decayed_weights(weight_decay, decays) if weight_decay else optax.identity()
-    return Optimizer(_in_float32(optax.chain(direction, pull, optax.scale_by_learning_rate(rate))), rate)
+    return Optimizer(direction, pull, rate)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -223,6 +234,83 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
         return inner.update(cast(updates), state, cast(params))
 
     return optax.GradientTransformation(init, update)
+
+
+# Leaves that learn at a pace of their own.
+
+
+class Paced(NamedTuple):
+    """The state of a paced optimizer.
+
+    count   updates made
+    groups  {number: state of `direction` for the leaves that begin together; for each layer, where a leaf's layers do not}
+    pull    that of the weight decay
+    """
+
+    count: Any
+    groups: dict[str, Any]
+    pull: Any
+
+
+def paced(optimizer: Optimizer, paces: Mapping[str, Pace], steps: int) -> Optimizer:
+    """The optimizer with each leaf, and each layer of a stacked leaf, at its pace; the same optimizer where all paces are the default.
+
+    What begins at a step is optimised from there on as if the run began there, at the rate that the schedule has then: until then
+    neither it nor its part of the state changes. A leaf whose layers begin apart is optimised layer by layer. `paces` names the leaves
+    that learn. ValueError where one would begin only after the `steps` of the run.
+    """
+    paces = {name: Pace(_even(rate), _even(begin)) for name, (rate, begin) in paces.items()}
+    if all(pace == Pace() for pace in paces.values()):
+        return optimizer
+    for name, pace in paces.items():
+        if (last := max(np.atleast_1d(pace.begin))) >= steps:
+            raise ValueError(
+                f"{name} would learn from step {last} on only, and train.steps={steps}. Raise train.steps, or lower method.unfreeze_every."
+            )
+    groups: dict[Any, list[str]] = {}
+    for name, pace in paces.items():
+        groups.setdefault(pace.begin, []).append(name)
+
+    def begun(gradients: Tree, count: Any) -> Tree:
+        return tree.map_named(lambda name, x: jnp.where(_along(count >= np.asarray(paces[name].begin), x), x, 0), gradients)
+
+    def init(params: Tree) -> Paced:
+        parts = {str(i): _each(optimizer.direction.init, begin)(_only(params, names)) for i, (begin, names) in enumerate(groups.items())}
+        return Paced(jnp.zeros((), jnp.int32), parts, optimizer.pull.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Tree, Paced]:
+        found, parts = [], {}
+        for i, (begin, names) in enumerate(groups.items()):
+            old, now = state.groups[str(i)], state.count >= np.asarray(begin)
+            part, new = _each(optimizer.direction.update, begin)(_only(updates, names), old, _only(params, names))
+            parts[str(i)] = jax.tree.map(lambda new, old, now=now: jnp.where(_along(now, new), new, old), new, old)
+            found.append(part)
+        directions, pull = optimizer.pull.update(tree.merge(*found), state.pull, params)
+        updates = tree.map_named(lambda name, x: x * _along(jnp.asarray(paces[name].rate, x.dtype), x), directions)
+        return begun(updates, state.count), Paced(state.count + 1, parts, pull)
+
+    return Optimizer(optax.GradientTransformation(init, update), optax.identity(), optimizer.learning_rate, begun)
+
+
+def _even(values: Any) -> Any:
+    """The number that all layers share, or the tuple where they do not."""
+    several = isinstance(values, tuple)
+    return values[0] if several and len(set(values)) == 1 else values
+
+
+def _each(function: Callable, begin: Any) -> Callable:
+    """The function, or the same for each layer."""
+    return jax.vmap(function) if isinstance(begin, tuple) else function
+
+
+def _only(leaves: Tree, names: list[str]) -> Tree:
+    flat = tree.flatten(leaves)
+    return tree.unflatten({name: flat[name] for name in names})
+
+
+def _along(values: jax.Array, like: jax.Array) -> jax.Array:
+    """A scalar, or one value for each layer as an array of like's rank that varies along the first axis only."""
+    return values.reshape(values.shape + (1,) * (like.ndim - 1)) if values.ndim else values
 
 
 def shardings(state: Any, tuned: Tree, tuned_shardings: Tree, replicated: Any) -> Any:

@@ -18,12 +18,14 @@ Apply = Callable[..., tuple]  # apply(params, batch, key) -> hidden, head, measu
 
 
 def train_step(
-    apply: Apply, loss: Loss, transform: optax.GradientTransformation, *, accumulate: int, clip_norm: float, seed: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, Means]]:
+    apply: Apply, loss: Loss, transform: optax.GradientTransformation, *, accumulate: int, clip_norm: float, seed: int,
+    begun: Callable[[Tree, jax.Array], Tree] = lambda gradients, step: gradients,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Means]]:  # fmt: skip
     """(state, batch) -> (state after one update, measures); to be jitted with the state donated.
 
     accumulate  microbatches per update; the update is that of the whole batch
     clip_norm   largest global norm of the gradient of the tuned leaves; 0 leaves it alone
+    begun       (gradients, step) -> the gradients, 0 where a leaf does not learn yet: those count for no norm
     Measures besides the objective's: grad_norm (before clipping), tokens (padding not counted), and finite: 0 for a step whose loss or
     gradient is not finite, which changes nothing but the step counter.
     """
@@ -52,7 +54,7 @@ def train_step(
             (grads, means), _ = jax.lax.scan(one, zero, (jnp.arange(accumulate), pieces))
 
         weight = means["loss"].weight
-        grads = jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads)
+        grads = begun(jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads), state.step)
         norm = optax.global_norm(grads)
         if clip_norm:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)), grads)
