@@ -21,14 +21,14 @@ from tuning.data.dataset import Rows, dataset
 from tuning.data.formats import FORMATS
 from tuning.hub import adapters, checkpoint
 from tuning.methods import METHODS
-from tuning.methods.method import Method
+from tuning.methods.method import Method, Pace
 from tuning.models import network as networks
 from tuning.models.network import Network
 from tuning.nn.sites import Outline
 from tuning.objectives import OBJECTIVES
 from tuning.source import SOURCES, Source
 from tuning.training import loop, state
-from tuning.training.optimizer import OPTIMIZERS, SCHEDULES
+from tuning.training.optimizer import OPTIMIZERS, SCHEDULES, paced
 
 ADDED = ("embed/added", "head/added")  # rows of added tokens: they learn under every method
 
@@ -70,18 +70,29 @@ class Model:
     def tuned(self, name: str) -> bool:
         return learns(self.source, self.method, name)
 
+    def pace(self, name: str) -> Pace:
+        """How fast a leaf learns. What is new starts at once, whatever the method says of its place."""
+        return Pace() if is_new(self.source, name) else self.method.pace(name)
+
     def empty_cache(self, batch: int, slots: int):
         return self.source.config.empty_cache(batch, slots, self.method.cuts)
 
 
 def outline(source: Source) -> Outline:
     """What a method may choose from in this model."""
-    return networks.outline(source.config.construct, source.config.layers)
+    words = source.tokenizer
+    encode = None if words is None else lambda text: words(text, add_special_tokens=False)["input_ids"]
+    return networks.outline(source.config.construct, source.config.layers, encode)
 
 
 def learns(source: Source, method: Method, name: str) -> bool:
     """Whether a leaf is tuned: because the method says so, or because it is new and means nothing yet."""
-    return name in ADDED or name in source.fresh or method.tuned(name)
+    return is_new(source, name) or method.tuned(name)
+
+
+def is_new(source: Source, name: str) -> bool:
+    """Whether a leaf means nothing yet."""
+    return name in ADDED or name in source.fresh
 
 
 def model(source: Source, method: Method, where: Mesh, masters: str = "float32") -> Model:
@@ -120,11 +131,20 @@ def start_params(m: Model, seed: int) -> Tree:
 
 
 def with_adapter(m: Model, params: Tree, directory: Path) -> Tree:
-    """The parameters with the values of a PEFT directory in the adapter's leaves."""
-    wanted = {n: x for n, x in tree.flatten(m.layout).items() if "/adapter/" in n or n in ADDED}
+    """The parameters with the values of a PEFT directory in the adapter's leaves, and in those of a head that it brings along."""
+    saved = adapters.saved(directory, m.source.table)
+    if any(name.endswith("/attn/adapter/keys") for name in tree.flatten(m.layout)):
+        check_prefix(m.source)
+    wanted = {n: x for n, x in tree.flatten(m.layout).items() if "/adapter/" in n or n in ADDED or n in saved}
     values = tree.flatten(adapters.read(directory, tree.unflatten(wanted), m.source.table))
     placed = {name: jax.device_put(values[name], leaf.sharding) for name, leaf in wanted.items()}
     return tree.unflatten({**tree.flatten(params), **placed})
+
+
+def check_prefix(source: Source) -> None:
+    """ValueError where PEFT's prefix means something else: it moves out of a sliding window, and ours is seen from everywhere."""
+    if any(kind.window is not None for kind in source.config.kinds):
+        raise ValueError(f"PEFT's prefix lies inside the sliding window of some layers of {source.path!r}, and here all tokens see it.")
 
 
 def _mean_rows(m: Model, params: Tree, name: str) -> jax.Array:
@@ -166,6 +186,7 @@ def parts(config: Mapping[str, Any]) -> Parts:
     check_objective(source, c["objective"]["name"])
     chosen = bind("method")(outline(source))
     built = model(source, chosen, where)
+    optimizer = paced(optimizer, {name: built.pace(name) for name in tree.flatten(built.layout) if built.tuned(name)}, settings.steps)
     if source.adapter is not None:
         _check_adapter(source, source.adapter, c["method"])
     rows = meshes.row_count(where)
@@ -173,13 +194,12 @@ def parts(config: Mapping[str, Any]) -> Parts:
     for name, size in pieces.items():
         if size % rows:
             raise ValueError(f"{name}={size} must be a multiple of {rows}, the pieces that the mesh splits a batch into.")
-    train = bind("data.train")(source.reader, bind("data.train.format")())
-    held_out = bind("data.eval")(source.reader, bind("data.eval.format")()) if given(c["data"]["eval"]["path"]) else None
+    reader = dataclasses.replace(source.reader, slots=chosen.slots)
+    train = bind("data.train")(reader, bind("data.train.format")())
+    held_out = bind("data.eval")(reader, bind("data.eval.format")()) if given(c["data"]["eval"]["path"]) else None
     for name, data in (("data.train", train), ("data.eval", held_out)):
-        if data is not None and data.length > source.config.max_length:
-            raise ValueError(
-                f"{name}.length={data.length} is more than the {source.config.max_length} positions that the model was made for."
-            )
+        if data is not None and data.length > (room := source.config.max_length - chosen.sites.offset):
+            raise ValueError(f"{name}.length={data.length} is more than the {room} positions that the model was made for.")
     return Parts(c, built, loss, optimizer, train, held_out, settings, evaluation, keep)
 
 
@@ -199,9 +219,17 @@ def given(value: Any) -> bool:
 
 
 def _check_adapter(source: Source, directory: Path, method: Config) -> None:
-    """ValueError if the method is not the one that the adapter's values belong to (its targets are checked when it is read)."""
-    has = {"name": "lora", **adapters.settings(directory, source.table)}
-    same = ("name", "rank", "alpha", "rank_stabilized")
-    if any(method.get(key) != has[key] for key in same):
+    """ValueError if the method is not the one that the adapter's values belong to (its targets are checked when it is read), or if it
+    brings along a head that would not learn."""
+    has, _, saved = adapters.settings(directory, source.table, outline(source))
+    if has["name"] == "lora":
+        has["init"] = "default"  # the values are changes of the published kernels, which some inits replace
+    same = [key for key in has if key not in ("targets", "dropout")]
+    if any(configs.plain(method.get(key)) != configs.plain(has[key]) for key in same):
         wanted = " ".join(f"--config.method.{key}={has[key]}" for key in same)
         raise ValueError(f"model.adapter={directory} was made by another method. To go on with it: {wanted}.")
+    if frozen := sorted(set(saved) - source.fresh):
+        raise ValueError(
+            f"model.adapter={directory} brings along {', '.join(frozen)}, which learn in a new head only. Load a base without a head, and "
+            "set model.head and model.classes."
+        )

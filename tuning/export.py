@@ -21,8 +21,9 @@ from tuning.training import workdir, writer
 FOLD_BOUND = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
-# What PEFT calls the task of a model, by how it reads and what its head says.
+# What PEFT calls the task of a model, by how it reads and what its head says; and where that is a new head, by it and its pooling.
 TASKS = {("decoder", "vocabulary"): "CAUSAL_LM", ("encoder_decoder", "vocabulary"): "SEQ_2_SEQ_LM"}
+NEW_HEADS = {("classes", True): "SEQ_CLS", ("classes", False): "TOKEN_CLS", ("spans", False): "QUESTION_ANS"}
 
 
 def write(
@@ -35,12 +36,14 @@ def write(
     """
     if format not in ("hf", "peft"):
         raise ValueError(f"--format={format!r} is not one of hf, peft.")
-    if format == "peft" and method["name"] != "lora":
-        raise ValueError(f"--format=peft writes an adapter, and this model was tuned by {method['name']!r}. Use --format=hf.")
-    if format == "peft" and m.source.fresh:
-        raise ValueError(f"--format=peft holds no new head yet ({', '.join(sorted(m.source.fresh))}). Use --format=hf --merge.")
+    if format == "peft" and not adapters.writable(method["name"]):
+        raise ValueError(
+            f"--format=peft writes an adapter that PEFT has too, and this model was tuned by {method['name']!r}. Use --format=hf."
+        )
     if format == "hf" and not merge and any("/adapter/" in name for name in tree.flatten(params)):
         raise ValueError("--format=hf holds no adapter: add --merge to fold it into the weights, or use --format=peft.")
+    if format == "hf" and m.method.fold is None:
+        raise ValueError(f"What {method['name']!r} adds cannot be folded into the weights. Use --format=peft, or load the run as it is.")
     directory.mkdir(parents=True, exist_ok=True)
     if format == "peft":
         _peft(m, params, method, directory)
@@ -69,19 +72,36 @@ def _card(m: build.Model, method: Mapping[str, Any], format: str, run: Path | No
 
 
 def _peft(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path) -> None:
-    leaves, _ = tree.split(params, lambda name: "/adapter/" in name or name in build.ADDED)
+    c, new = m.source.config, not m.source.fresh.isdisjoint(tree.flatten(m.layout))
+    if method["name"] == "prefix":
+        build.check_prefix(m.source)
+    leaves, _ = tree.split(
+        m.method.bare(params), lambda name: "/adapter/" in name or name in build.ADDED or (new and name.startswith("head/"))
+    )
+    task = NEW_HEADS.get((c.head.output, bool(c.head.pool))) if new else TASKS.get((c.reads, c.head.output))
     adapters.write(
-        directory, jax.tree.map(lambda x: x.astype(jnp.float32), leaves), m.source.table, rank=method["rank"], alpha=method["alpha"],
-        dropout=method["dropout"], rank_stabilized=method["rank_stabilized"], layers=m.source.config.layers, added=m.source.config.added,
-        base_model=m.source.path, revision=m.source.revision, task_type=TASKS.get((m.source.config.reads, m.source.config.head.output)),
+        directory, jax.tree.map(lambda x: x.astype(jnp.float32), leaves), m.source.table, build.outline(m.source), method, added=c.added,
+        copies=_copies(m), base_model=m.source.path, revision=m.source.revision, task_type=task,
+        heads=(c.decoder if c.reads == "encoder_decoder" else c).heads,
     )  # fmt: skip
     if m.source.tokenizer is not None:
         tokenizer.save(m.source.tokenizer, directory)
 
 
+def _copies(m: build.Model) -> list[str]:
+    """The modules that share the embedding's weights."""
+    c, named = m.source.config, {row.leaf: row.tensor for row in m.source.table}
+    aliases = families.family(m.source.published or families.config_to(c)).aliases
+    found = [alias for alias, tensor in aliases.items() if tensor == named["embed/table"]]
+    if c.tied and c.head.output == "vocabulary":
+        found.append(named["head/kernel"])
+    return [tensor.removesuffix(".weight") for tensor in found]
+
+
 def _hf(m: build.Model, params: Tree, directory: Path, shard_bytes: int) -> None:
     source = m.source
     plain = build.model(source, build.METHODS["full"](build.outline(source)), m.mesh)
+    assert m.method.fold is not None
     folded = restack(jax.jit(m.method.fold)(params), plain.layout)
     _compare(m, params, plain, folded)
     if source.directory is not None and source.config.head.output == "hidden":

@@ -58,19 +58,35 @@ def load(
                 raise ValueError(f"{path} is a run, which has its own weights; an adapter goes on a published model.")
             return _load_run(path, dtype, where, checkpoint)
         source = pretrained(path=str(path_or_id), revision=revision, dtype=dtype)
-        found: dict[str, Any] = {}
+        method: dict[str, Any] = {}
         if adapter is None:
-            method = METHODS["full"](build.outline(source))
-            m = build.model(source, method, where, masters=dtype)
+            m = build.model(source, METHODS["full"](build.outline(source)), where, masters=dtype)
             params = build.base_params(m, lambda name: True, 0)
         else:
             directory = files.resolve(adapter)
-            found = adapters.settings(directory, source.table)
-            source = dataclasses.replace(source, config=source.config.replace(added=found.pop("added")))
-            del found["layers"]  # an adapter that covers some layers only is refused when it is read
-            m = build.model(source, METHODS["lora"](build.outline(source), **found), where, masters=dtype)
+            source = _with_head(source, adapters.head(directory))
+            outline = build.outline(source)
+            method, added, saved = adapters.settings(directory, source.table, outline)
+            if missing := source.fresh.intersection(outline.leaves).difference(saved):
+                raise ValueError(f"Neither {source.path} nor the adapter in {directory} has the head's {', '.join(sorted(missing))}.")
+            source = dataclasses.replace(source, config=source.config.replace(added=added))
+            if method["name"] not in METHODS:
+                raise ValueError(f"{directory} holds an adapter of method {method['name']!r}; there are {', '.join(METHODS)}.")
+            settings = {key: value for key, value in method.items() if key != "name"}
+            m = build.model(source, METHODS[method["name"]](outline, **settings), where, masters=dtype)
             params = build.with_adapter(m, build.base_params(m, lambda name: True, 0), directory)
-    return LoadedModel(m, params, stop_ids(source), found and {"name": "lora", **found})
+            m = dataclasses.replace(m, source=dataclasses.replace(source, fresh=frozenset(saved)))  # no longer the checkpoint's
+    return LoadedModel(m, params, stop_ids(source), method)
+
+
+def _with_head(source: Source, brought: tuple[str, int] | None) -> Source:
+    """The source with the head that an adapter brings along, if any; its classes are numbered where the checkpoint names others."""
+    if brought is None:
+        return source
+    head, count = brought
+    named = source.config.head.classes
+    classes = () if head == "question_answering" else named if len(named) == count else tuple(f"LABEL_{i}" for i in range(count))
+    return pretrained(path=source.path, revision=source.revision, head=head, classes=classes, dtype=source.config.dtype)
 
 
 def _load_run(path: Path, dtype: str, where: Mesh, which: str | int) -> LoadedModel:
@@ -116,6 +132,8 @@ class LoadedModel:
 
     def _forward(self, params: Tree, batch: Batch):
         hidden_BTD, head, _ = self.model.network.apply(params, batch)
+        if not self.config.head.pool and batch.inputs is None:
+            hidden_BTD = hidden_BTD[:, self.model.method.slots :]
         return head(pooled(hidden_BTD, batch.segments, self.config.head.pool))
 
     def logits(self, tokens_BT, attention_mask_BT=None, *, types_BT=None, decoder_tokens_BT=None) -> jax.Array:
@@ -125,8 +143,9 @@ class LoadedModel:
         types_BT           which of two texts a token belongs to, for encoders that tell
         decoder_tokens_BT  what the decoder of an encoder-decoder reads (not padded), and the logits are for; the tokens are the encoder's
         """
-        tokens, mask = _ids(tokens_BT, attention_mask_BT)
-        batch = Batch(tokens, tokens, mask, mask, places(mask), None if types_BT is None else _ids(types_BT)[0])
+        free = lambda array, value: jnp.pad(array, ((0, 0), (self.model.method.slots, 0)), constant_values=value)  # noqa: E731
+        tokens, mask = (free(array, value) for array, value in zip(_ids(tokens_BT, attention_mask_BT), (0, 1), strict=True))
+        batch = Batch(tokens, tokens, mask, mask, places(mask), None if types_BT is None else free(_ids(types_BT)[0], 0))
         if (self.config.reads == "encoder_decoder") != (decoder_tokens_BT is not None):
             raise ValueError(f"decoder_tokens_BT is for an encoder-decoder, and this model is an {self.config.reads}: give it there only.")
         if decoder_tokens_BT is not None:
@@ -154,6 +173,8 @@ class LoadedModel:
         how = sentences.read(source.directory) if source.directory else None
         if how is None:
             raise ValueError(f"{source.path!r} is no sentence encoder: it has no modules.json, which says how tokens become one embedding.")
+        if self.model.method.slots:
+            raise ValueError("embed does not know which of a prompt's own positions a sentence's embedding should count.")
         if self.config.head.pool == "mean":
             raise ValueError("This head has averaged the hidden states already. Load the checkpoint with model.head=none to embed.")
         plain, around = [text.strip() for text in _listed(texts)], frame(self.tokenizer)
@@ -180,17 +201,16 @@ class LoadedModel:
         """
         if self.config.head.output != "vocabulary" or self.config.reads == "encoder":
             raise ValueError(f"This model does not generate: it is an {self.config.reads} with a head over {self.config.head.output}.")
-        texts, net = _listed(prompts), self.model.network
+        texts, net, free = _listed(prompts), self.model.network, [0] * self.model.method.slots
         more: dict[str, Any] = {}
         if self.config.reads == "encoder_decoder":  # the prompts are the encoder's to read
             if self.config.start is None:
                 raise ValueError("An encoder-decoder starts from a token that config.json does not name. Set decoder_start_token_id there.")
-            more = dict(
-                remember=net.remember, inputs=[self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"] for text in texts]
-            )
+            inputs = [free + self.tokenizer(text, add_special_tokens=special_tokens)["input_ids"] for text in texts]
+            more = dict(remember=net.remember, inputs=inputs)
             ids = [[self.config.start]] * len(texts)
         else:
-            ids = [open_ended(self.tokenizer, text, special_tokens) for text in texts]
+            ids = [free + open_ended(self.tokenizer, text, special_tokens) for text in texts]
         with jax.set_mesh(self.model.mesh):
             out = generate(
                 net.extend, self.model.empty_cache, self.params, ids, max_new_tokens=max_new_tokens, temperature=temperature,
@@ -210,7 +230,7 @@ class LoadedModel:
         if short := [i for i, tokens in enumerate(ids) if len(tokens) < 2]:
             raise ValueError(f"Text {short[0]} has fewer than two tokens: nothing in it can be predicted.")
         with jax.set_mesh(self.model.mesh):
-            return [float(_score(self.model.network, self.params, tokens)) for tokens in ids]
+            return [float(_score(self.model.network, self.params, tokens, self.model.method.slots)) for tokens in ids]
 
     def export(self, directory: str | Path, format: str = "hf", merge: bool = False, shard_bytes: int = files.SHARD_BYTES) -> Path:
         """Writes the model for others: "hf" is a directory that transformers loads, "peft" the adapter alone, as PEFT has it.
@@ -273,17 +293,17 @@ def open_ended(words: Any, text: str, special_tokens: bool) -> list[int]:
     return ids[:-1] if special_tokens and ids and ids[-1] == words.eos_token_id else ids
 
 
-def _score(network, params: Tree, ids: Sequence[int]) -> jax.Array:
-    size = max(32, 1 << (len(ids) - 1).bit_length())  # few shapes, few compilations
+def _score(network, params: Tree, ids: Sequence[int], slots: int) -> jax.Array:
+    size = max(32, 1 << (slots + len(ids) - 1).bit_length())  # few shapes, few compilations
     tokens = np.zeros((1, size), np.int32)
-    tokens[0, : len(ids)] = ids
-    real = (np.arange(size) < len(ids)).astype(np.int32)[None]
-    return _score_padded(network, params, jnp.asarray(tokens), jnp.asarray(real))
+    tokens[0, slots : slots + len(ids)] = ids
+    real = (np.arange(size) < slots + len(ids)).astype(np.int32)[None]
+    return _score_padded(network, slots, params, jnp.asarray(tokens), jnp.asarray(real))
 
 
-@jax.jit(static_argnums=0)
-def _score_padded(network, params: Tree, tokens_BT, real_BT):
-    targets_BT, counts_BT = jnp.roll(tokens_BT, -1, axis=1), jnp.roll(real_BT, -1, axis=1).at[:, -1].set(0)
+@jax.jit(static_argnums=(0, 1))
+def _score_padded(network, slots: int, params: Tree, tokens_BT, real_BT):
+    targets_BT, counts_BT = jnp.roll(tokens_BT, -1, axis=1), jnp.roll(real_BT, -1, axis=1).at[:, -1].set(0).at[:, :slots].set(0)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     hidden, head, _ = network.apply(params, Batch(tokens_BT, targets_BT, counts_BT, real_BT, positions_BT))
     return (token_nll(head, hidden, targets_BT) * counts_BT).sum() / counts_BT.sum()

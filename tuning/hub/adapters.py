@@ -1,18 +1,18 @@
-"""LoRA adapters as PEFT directories: adapter_config.json and adapter_model.safetensors (the formats of peft 0.21).
+"""Adapters as PEFT directories: adapter_config.json and adapter_model.safetensors (the formats of peft 0.21).
 
 PEFT loads a file whose names are wrong as if it were empty, so nothing is taken on trust here: a key that cannot be honoured, a tensor
-that is missing or left over, a shape that does not fit, each is a ValueError.
+that is missing or left over, a shape that does not fit, each is a ValueError. What tells the methods apart stands in peft_kinds.
 
-Shapes: L layers of a segment, D input width, F output width, R rank, N added tokens.
+Shapes: N added tokens, D width, C classes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,128 +21,160 @@ from tuning.core import mesh, tree
 from tuning.core.types import Tree
 from tuning.hub import files, names
 from tuning.hub.names import Table
+from tuning.hub.peft_kinds import CONFIG, KINDS, Kind, Leaves, Projections, ends, projections, spell, targeted, whole
+from tuning.nn import stack
+from tuning.nn.sites import Outline
 
-CONFIG, STEM, PREFIX = "adapter_config.json", "adapter_model", "base_model.model."
-PARTS = {"a": "lora_A.weight", "b": "lora_B.weight"}  # [D, R] and [R, F] here; transposed in the file
+STEM, PREFIX, PACKED = "adapter_model", "base_model.model.", "prompt_embeddings"
 ROWS = "token_adapter.trainable_tokens_delta"  # [N, D], the rows themselves and not differences
 
-# Keys that change the result, and the values with which they do not.
-NEUTRAL: dict[str, tuple] = {
-    "bias": ("none",),
-    "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", None),
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # the others change the base's weights too
-}
-# Keys that say nothing about the result, or that are read below.
-READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "trainable_token_indices")
-INERT = (
-    "auto_mapping",
-    "fan_in_fan_out",  # whether the base holds [in, out]: PEFT itself goes by the layer's class
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "peft_version",
-    "megatron_core",
-    "qalora_group_size",
-    "layers_pattern",
-)
+TASKS = {"SEQ_CLS": "sequence_classification", "TOKEN_CLS": "token_classification", "QUESTION_ANS": "question_answering"}
+# Modules that PEFT saves under these tasks without being told.
+SAVED = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+SPEAKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")
+# Keys that say nothing about the result. fan_in_fan_out, whether the base holds [in, out], PEFT corrects by the layer's class.
+INERT = ("auto_mapping", "fan_in_fan_out", "base_model_name_or_path", "revision", "inference_mode", "peft_version")
+
+
+class Settings(NamedTuple):
+    """What a directory says.
+
+    method  the config of the method that its values belong to, with its name
+    added   (first id, N) of trained rows of added tokens; (0, 0) without
+    saved   leaves of a head that it brings along
+    """
+
+    method: dict[str, Any]
+    added: tuple[int, int]
+    saved: tuple[str, ...]
 
 
 def write(
     directory: Path,
     leaves: Tree,
     table: Table,
+    outline: Outline,
+    method: Mapping[str, Any],
     *,
-    rank: int,
-    alpha: float,
-    dropout: float = 0.0,
-    rank_stabilized: bool = False,
-    layers: int,
     added: tuple[int, int] = (0, 0),
+    copies: Sequence[str] = (),
     base_model: str | None = None,
     revision: str | None = None,
     task_type: str | None = "CAUSAL_LM",
+    heads: int | None = None,
 ) -> Path:
     """Writes the directory that `PeftModel.from_pretrained` reads, and reads it back to see that it holds the same.
 
-    leaves      the adapters, `blocks/0-15/attn/q/adapter/a` [L, D, R] and `.../b` [L, R, F]; also `embed/added`, `head/added` [N, D]
-    layers      of the network; every one must have the same adapters
+    leaves      the adapters, `blocks/0-15/attn/q/adapter/a`; the rows of added tokens, `embed/added` and `head/added` [N, D]; the leaves
+                of a new head, if the task_type is that of one
+    outline     the network's places; all layers that have an adapted place must have the adapter
+    method      the config of the method that they belong to
     added       (first id, N) of the added tokens. PEFT needs a base with that many rows: `model.resize_token_embeddings(first + N)`
+    copies      modules that share the embedding's weights
     base_model  the base's hub id, or its folder; revision, its version on the hub
+    heads       of attention: PEFT asks for them with a prompt, where it cannot find them in the base's config, and does nothing with them
 
     In a run of several processes every one must call it; the first one writes.
     """
     flat = {name: value if isinstance(value, np.ndarray) else mesh.gather(value) for name, value in tree.flatten(leaves).items()}
-    tensors = dict(_files(flat, table))
-    modules = _modules(tensors, layers, table)
-    settings = {
-        "peft_type": "LORA", "task_type": task_type, "base_model_name_or_path": base_model, "revision": revision, "inference_mode": True,
-        "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": dropout, "use_rslora": rank_stabilized,
-        "target_modules": modules, "bias": "none", "use_dora": False, "modules_to_save": None,
-        "rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": True,
-        "fan_in_fan_out": not all(row.transposed for row in _linear(table)),
+    peft_type = _type_of(method["name"])
+    kind = KINDS[peft_type]
+    task_type = (task_type or "FEATURE_EXTRACTION") if kind.pack else task_type
+    tensors = _tensors(kind, flat, table, 2 if task_type == "SEQ_2_SEQ_LM" else 1, copies)
+    config = {
+        "peft_type": peft_type, "task_type": task_type, "base_model_name_or_path": base_model, "revision": revision,
+        "inference_mode": True, **kind.constant, **{key: whole(method[ours]) for key, (ours, _) in kind.keys.items() if ours in method},
     }  # fmt: skip
-    if ranks := {value.shape[0] for name, value in tensors.items() if name.endswith(PARTS["a"])} - {rank}:
-        raise ValueError(f"The adapters have rank {sorted(ranks)}, not rank={rank}.")
+    if top := _own(flat, "head"):
+        config["modules_to_save"] = _modules_to_save(top, task_type, table)
+    if kind.pack:
+        sides = 2 if task_type == "SEQ_2_SEQ_LM" else 1
+        config |= {"num_attention_heads": heads, "num_transformer_submodules": sides, **kind.pack.tell(_own(flat, "adapter"))}
+    else:
+        config |= _tell(kind, method, flat, table, outline)
     if added[1]:
-        settings["trainable_token_indices"] = _token_indices(flat, tensors, added, table)
+        config["trainable_token_indices"] = _token_indices(flat, tensors, added)
     if jax.process_index() != 0:
         return directory
     files.write(directory, tensors.items(), stem=STEM)
-    files.write_json(directory / CONFIG, settings)
+    files.write_json(directory / CONFIG, config)
     again = tree.flatten(read(directory, tree.unflatten(flat), table))
     if bad := [name for name, value in flat.items() if not np.array_equal(again[name], value, equal_nan=True)]:
         raise ValueError(f"{directory}: read back, {tree.listing(bad)} differ from what was written.")
+    said = settings(directory, table, outline).method
+    if bad := [ours for ours, _ in kind.keys.values() if ours in method and said[ours] != method[ours]]:
+        raise ValueError(f"{directory}: read back, it says {', '.join(f'{key}={said[key]!r}' for key in bad)}; written was {dict(method)}.")
     return directory
 
 
-def settings(directory: Path, table: Table) -> dict[str, Any]:
-    """What the directory says about its method: rank, alpha, dropout, rank_stabilized, targets (roles: `attn/q`), layers, added.
+def head(directory: Path) -> tuple[str, int] | None:
+    """(model.head, number of its outputs) of the head that a directory brings along, if it does."""
+    task = read_config(directory).get("task_type")
+    tensors = files.Tensors(directory, STEM)
+    outputs = [n for n in tensors if re.fullmatch(r"base_model\.(model\.)?(score|classifier|classifier\.out_proj|qa_outputs)\.weight", n)]
+    return (TASKS[task], tensors.shape(outputs[0])[0]) if task in TASKS and outputs else None
 
-    layers is one more than the last layer with adapters; added is (first id, count) of trained token rows, (0, 0) without. ValueError
-    naming the key for whatever a LoRA of this project cannot honour, and for tensors that do not fit target_modules.
+
+def settings(directory: Path, table: Table, outline: Outline) -> Settings:
+    """What a directory says, of a network with this table and these places.
+
+    ValueError naming the key for whatever our methods cannot honour, and for tensors that do not fit target_modules and modules_to_save.
     """
     raw = read_config(directory)
-    found = _open(directory)
-    if strange := [name for name in found if _module(name) is None]:
+    kind, tensors = KINDS[raw["peft_type"]], files.Tensors(directory, STEM)
+    modules, rows, saved = _sort(tensors, kind, raw, table, directory)
+    method: dict[str, Any] = {"name": kind.reads_as or kind.method}
+    method |= {ours: _value(directory, raw, key, default) for key, (ours, default) in kind.keys.items()}
+    if not kind.pack:
+        net = projections(outline.embeds if kind.embed else outline.sites, table)
+        roles = _roles(modules, net, raw, directory)
+        method |= {**({} if kind.embed else {"targets": roles}), **kind.hear(raw, roles, net)}
+    said = raw.get("trainable_token_indices")
+    if bool(said) != bool(rows):
         raise ValueError(
-            f"{directory} has tensors that are no part of a LoRA on linear layers: {tree.listing(strange)}. Names have the form "
-            f"{PREFIX}model.layers.0.self_attn.q_proj.{PARTS['a']}; PEFT would load others as if they were not there."
+            f"{directory / CONFIG}: trainable_token_indices={said!r}, and the file has rows of {tree.listing(rows) or 'none'}."
         )
-    modules = {module for name in found if (module := _module(name)) and not name.endswith(ROWS)}
-    roles, layers = _roles(modules, table)
-    where = f"{directory / CONFIG}: target_modules={json.dumps(raw.get('target_modules'))}"
-    for role, pattern, _ in _linear(table):
-        for module in (pattern.format(layer=i) for i in range(layers)):
-            if _targeted(module, raw.get("target_modules")) != (module in modules):
-                has = "tensors, and is not named by it" if module in modules else "no tensors, and is named by it"
-                raise ValueError(f"{where}: {module} ({role}) has {has}.")
-    return {
-        "rank": raw.get("r", 8),
-        "alpha": float(raw.get("lora_alpha", 8)),  # PEFT's own defaults
-        "dropout": float(raw.get("lora_dropout", 0.0)),
-        "rank_stabilized": bool(raw.get("use_rslora", False)),
-        "targets": roles,
-        "layers": layers,
-        "added": _added(raw.get("trainable_token_indices"), directory),
-    }
+    return Settings(method, _added(said, directory), saved)
+
+
+def saved(directory: Path, table: Table) -> tuple[str, ...]:
+    """The leaves of a head that a directory brings along."""
+    raw = read_config(directory)
+    return _sort(files.Tensors(directory, STEM), KINDS[raw["peft_type"]], raw, table, directory)[2]
 
 
 def read(directory: Path, abstract: Tree, table: Table) -> Tree:
-    """The leaves of `abstract` (adapters and rows of added tokens), as numpy arrays in its shapes and dtypes.
+    """The leaves of `abstract` (adapters, rows of added tokens, a head), as numpy arrays in its shapes and dtypes.
 
     ValueError that lists missing, left-over and misshaped tensors.
     """
-    read_config(directory)
-    tensors, want = _open(directory), tree.flatten(abstract)
-    expected: dict[str, tuple[int, ...]] = {}
-    values: dict[str, np.ndarray] = {}
+    raw = read_config(directory)
+    kind, tensors, want = KINDS[raw["peft_type"]], files.Tensors(directory, STEM), tree.flatten(abstract)
+    blank = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in want.items()}
+    sides = raw.get("num_transformer_submodules") or (2 if raw.get("task_type") == "SEQ_2_SEQ_LM" else 1)
+    own = _own(blank, "adapter")
+    for key, value in kind.pack.tell(own).items() if kind.pack else ():
+        if raw.get(key) not in (None, value):
+            raise ValueError(f"{directory / CONFIG}: {key}={raw[key]!r}, and it is {value} in this network.")
+    copies = [found[0] for name in tensors if kind.embed and (found := _split(name, kind))]
+    expected = {name: value.shape for name, value in _tensors(kind, blank, table, sides, copies).items()}
+    _fits(directory, tensors, expected)
+    values = kind.pack.read(tensors.read(PACKED), own) if kind.pack else {}
     for leaf, target in want.items():
-        place = _place(leaf, target.shape, table)
-        shape = names.file_shape(target.shape, place)
-        expected.update(dict.fromkeys(place.tensors, shape))
-        if all(name in tensors and tensors.shape(name) == shape for name in place.tensors):
-            parts = [tensors.read(name).T if place.transposed else tensors.read(name) for name in place.tensors]
-            values[leaf] = np.stack(parts).reshape(target.shape).astype(target.dtype)
+        if leaf not in values:
+            place, part = _place(kind, leaf, target.shape, table)
+            back = part.read if part else (lambda x, turn=place.transposed: x.T if turn else x)
+            values[leaf] = np.stack([back(tensors.read(name)) for name in place.tensors])
+        values[leaf] = values[leaf].reshape(target.shape).astype(target.dtype)
+    if kind.embed:  # PEFT stores them once for each module that shares the embedding
+        (leaf,) = own
+        for name in tensors:
+            if _split(name, kind) and not np.array_equal(tensors.read(name).astype(want[leaf].dtype), values[leaf]):
+                raise ValueError(f"{directory}: {name} has other rows than the embedding.")
+    return tree.unflatten(values)
+
+
+def _fits(directory: Path, tensors: files.Tensors, expected: Mapping[str, tuple[int, ...]]) -> None:
     wrong = [f"{n} {tensors.shape(n)}, expected {shape}" for n, shape in expected.items() if n in tensors and tensors.shape(n) != shape]
     kinds = {
         "missing": [n for n in expected if n not in tensors],
@@ -150,129 +182,203 @@ def read(directory: Path, abstract: Tree, table: Table) -> Tree:
         "wrong shape": wrong,
     }
     if any(kinds.values()):
-        said = "; ".join(f"{kind} ({len(found)}): {tree.listing(found)}" for kind, found in kinds.items() if found)
+        said = "; ".join(f"{what} ({len(found)}): {tree.listing(found)}" for what, found in kinds.items() if found)
         raise ValueError(f"The adapter in {directory} does not fit this network. {said}.")
-    return tree.unflatten(values)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json. ValueError that names the first key which asks for something else than plain LoRA."""
+    """adapter_config.json. ValueError that names the first key which asks for something that no method of ours does."""
     path = directory / CONFIG
     if not path.is_file():
         raise ValueError(f"{directory} has no {CONFIG}: it is not a PEFT adapter.")
     raw = files.read_json(path)
-    if raw.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type={raw.get('peft_type')!r} is not supported; only LORA is.")
+    if raw.get("peft_type") not in KINDS:
+        raise ValueError(f"{path}: peft_type={raw.get('peft_type')!r} is not supported; {', '.join(KINDS)} are.")
+    kind = KINDS[raw["peft_type"]]
+    tasks = (*SPEAKS, *TASKS, *(() if kind.pack else (None,)))  # without a task PEFT ignores a prompt
+    neutral = {**kind.neutral, "task_type": tasks}
     for key, value in raw.items():
-        if key in READ or key in INERT:
+        if key in ("peft_type", *kind.keys, *kind.said, *kind.inert, *INERT):
             continue
-        neutral = value in NEUTRAL[key] if key in NEUTRAL else value is None or value is False or value in ({}, [], "")
-        if not neutral:
+        if not (value in neutral[key] if key in neutral else value is None or value is False or value in ({}, [], "")):
             raise ValueError(
-                f"{path}: {key}={value!r} is not supported: only plain LoRA is read, and to leave it out would change the result."
+                f"{path}: {key}={value!r} is not supported: {raw['peft_type']} is read without, and that would change the result."
             )
-    rank = raw.get("r", 8)
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"{path}: r={rank!r} must be a positive whole number.")
+    if raw.get("task_type") not in tasks:
+        raise ValueError(f"{path}: task_type={raw.get('task_type')!r} must be one of {', '.join(map(str, tasks))}.")
     return raw
 
 
-def _open(directory: Path) -> files.Tensors:
-    return files.Tensors(directory, STEM)
+def _value(directory: Path, raw: Mapping[str, Any], key: str, default: Any) -> Any:
+    """A key of adapter_config.json as the type of its default; whole numbers other than -1 are counts."""
+    value = raw.get(key, default)
+    if type(default) is int and (type(value) is not int or (value < 1 and value != -1) or (value == -1 != default)):
+        raise ValueError(f"{directory / CONFIG}: {key}={value!r} must be a positive whole number.")
+    return type(default)(value)
 
 
-def _place(leaf: str, shape: Sequence[int], table: Table) -> names.Place:
-    """Where an adapter's leaf stands in the file."""
-    if leaf in names.ADDED:
-        module = names.place(names.ADDED[leaf], shape, table).tensors[0].removesuffix("weight")
-        return names.Place((f"{PREFIX}{module}{ROWS}",), (), transposed=False)
-    head, _, part = leaf.rpartition("/adapter/")
-    if part not in PARTS:
-        raise ValueError(f"The leaf {leaf} is not LoRA's: a PEFT adapter holds .../adapter/a and .../adapter/b.")
-    base = names.place(f"{head}/kernel", shape, table)
-    if not base.tensors[0].endswith(".weight"):
-        raise ValueError(f"PEFT has no LoRA for {base.tensors[0]}: use --format=hf --merge.")
-    tensors = tuple(f"{PREFIX}{name.removesuffix('weight')}{PARTS[part]}" for name in base.tensors)
-    return names.Place(tensors, base.lead, transposed=True)
+def _type_of(method: str) -> str:
+    """The peft_type of a method."""
+    found = {kind.method: peft_type for peft_type, kind in KINDS.items()}
+    if method not in found:
+        raise ValueError(f"PEFT has no adapter of method {method!r} that can be written; it has those of {', '.join(found)}.")
+    return found[method]
 
 
-def _files(flat: Mapping[str, np.ndarray], table: Table) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, values) of the file's tensors."""
-    for leaf, value in flat.items():
-        place = _place(leaf, value.shape, table)
+def writable(method: str) -> bool:
+    """Whether a method's leaves can be written."""
+    return any(kind.method == method for kind in KINDS.values())
+
+
+# Leaves and tensors.
+
+
+def _own(leaves: Leaves, what: str) -> dict[str, Any]:
+    """The leaves of the adapter, or those of the head."""
+    return {name: x for name, x in leaves.items() if name not in names.ADDED and ("/adapter/" in name) == (what == "adapter")}
+
+
+def _tensors(kind: Kind, leaves: Leaves, table: Table, sides: int, copies: Iterable[str]) -> dict[str, np.ndarray]:
+    """The file's tensors by name."""
+    tensors, own = {}, _own(leaves, "adapter")
+    if not own:
+        raise ValueError(f"There is no leaf of an adapter (.../adapter/{next(iter(kind.parts), 'prompt')}) to write.")
+    for leaf, value in leaves.items():
+        if kind.pack and leaf in own:
+            continue
+        place, part = _place(kind, leaf, value.shape, table)
+        role = leaf.partition("/adapter/")[0]
         for index, name in zip(np.ndindex(*place.lead), place.tensors, strict=True):
-            one = value[index]
-            yield name, np.ascontiguousarray(one.T if place.transposed else one)
+            one = part.write(value[index], role) if part else value[index].T if place.transposed else value[index]
+            tensors[name] = np.ascontiguousarray(one)
+            if part and kind.embed:
+                tensors |= {f"{PREFIX}{module}.{part.ending}": tensors[name] for module in copies}
+    return {PACKED: np.ascontiguousarray(kind.pack.write(own, sides)), **tensors} if kind.pack else tensors
 
 
-def _module(tensor: str) -> str | None:
-    """`model.layers.0.self_attn.q_proj` of one of its tensors; None for a name that is not PEFT's."""
-    for ending in (*PARTS.values(), ROWS):
+def _place(kind: Kind, leaf: str, shape: Sequence[int], table: Table):
+    """Where a leaf stands in the file, and which part of the adapter it is, if any."""
+    prefix = PREFIX.removesuffix("model.") if kind.pack else PREFIX
+    if leaf in names.ADDED:
+        if not kind.rows:
+            raise ValueError(f"PEFT keeps rows of added tokens ({leaf}) with LoRA alone. Use --format=hf.")
+        module = names.place(names.ADDED[leaf], shape, table).tensors[0].removesuffix("weight")
+        return names.Place((f"{prefix}{module}{ROWS}",), (), transposed=False), None
+    if "/adapter/" not in leaf:
+        place = names.place(leaf, shape, table)
+        return names.Place(tuple(prefix + name for name in place.tensors), place.lead, place.transposed), None
+    module, _, name = leaf.rpartition("/adapter/")
+    if name not in kind.parts:
+        raise ValueError(f"The leaf {leaf} is not {kind.method}'s, whose adapters hold {', '.join(kind.parts)}.")
+    base = names.place(f"{module}/{'table' if kind.embed else 'kernel'}", shape[:3], table)
+    if not base.tensors[0].endswith(".weight"):
+        raise ValueError(f"PEFT has no adapter for {base.tensors[0]}: use --format=hf --merge.")
+    if not (base.transposed or kind.conv or kind.embed):
+        raise ValueError(f"PEFT has no {kind.method} for {base.tensors[0]}, which is no nn.Linear there. Use --format=hf --merge.")
+    part = kind.parts[name]
+    return names.Place(tuple(f"{prefix}{x.removesuffix('weight')}{part.ending}" for x in base.tensors), base.lead, base.transposed), part
+
+
+def _sort(tensors: files.Tensors, kind: Kind, raw: Mapping[str, Any], table: Table, directory: Path):
+    """(adapted modules, modules with rows of added tokens, leaves of a head). ValueError for a tensor that is none of these."""
+    saved_as = {
+        place.tensors[0]: row.leaf for row in table if row.leaf.startswith("head/") for place in [_place(kind, row.leaf, (), table)[0]]
+    }
+    modules, rows, saved, strange = set(), set(), [], []
+    for name in tensors:
+        found = _split(name, kind)
+        if name in saved_as:
+            saved.append(name)
+        elif found:
+            (rows if found[1] == ROWS else modules).add(found[0])
+        elif name != PACKED or not kind.pack:
+            strange.append(name)
+    if strange:
+        form = PACKED if kind.pack else f"{PREFIX}model.layers.0.self_attn.q_proj.{next(iter(kind.parts.values())).ending}"
+        raise ValueError(
+            f"{directory} has tensors that are no part of a {raw['peft_type']} adapter: {tree.listing(strange)}. Names have the form "
+            f"{form}; PEFT would load others as if they were not there."
+        )
+    task = "" if kind.embed else raw.get("task_type") or ""  # PEFT has no modules_to_save with trained rows
+    if task in TASKS and not saved:
+        raise ValueError(f"{directory / CONFIG}: task_type={task!r}, and the file has no head of this network.")
+    told = (*(raw.get("modules_to_save") or ()), *SAVED.get(task, ()))
+    for name in saved_as:
+        named = any(ends(module, told) for module in _above(name))
+        if named != (name in saved) and not (named and name.endswith(".bias")):  # which a projection may lack
+            has = "is in the file, and not named by it" if name in saved else "is named by it, and not in the file"
+            raise ValueError(f"{directory / CONFIG}: modules_to_save={json.dumps(raw.get('modules_to_save'))}: {name} {has}.")
+    return modules, rows, tuple(saved_as[name] for name in saved)
+
+
+def _split(tensor: str, kind: Kind) -> tuple[str, str] | None:
+    """(`model.layers.0.self_attn.q_proj`, ending) of one of a module's tensors; None for a name that is not this kind's."""
+    for ending in (*(part.ending for part in kind.parts.values()), *([ROWS] if kind.rows else [])):
         if tensor.startswith(PREFIX) and tensor.endswith(f".{ending}"):
-            return tensor[len(PREFIX) : -len(ending) - 1]
+            return tensor[len(PREFIX) : -len(ending) - 1], ending
     return None
 
 
-def _linear(table: Table, within: str = "{layer}") -> list[names.Row]:
-    """(role, module pattern, transposed) of the projections inside the layers, without those of experts, which offer no sites."""
-    rows = [row for row in table if row.leaf.endswith("/kernel") and within in row.tensor and "{expert}" not in row.tensor]
-    return [names.Row(row.leaf.removesuffix("/kernel"), row.tensor.removesuffix(".weight"), row.transposed) for row in rows]
+def _above(tensor: str) -> list[str]:
+    """The modules that a tensor of the file lies in, as PEFT names them."""
+    path = tensor.removeprefix(PREFIX).removeprefix("base_model.").split(".")[:-1]
+    return [".".join(path[: i + 1]) for i in range(len(path))]
 
 
-def _pattern(module: str) -> str:
-    """A regular expression for the module in any layer."""
-    return re.escape(module).replace(re.escape("{layer}"), r"(\d+)")
+def _modules_to_save(leaves: Leaves, task_type: str | None, table: Table) -> list[str]:
+    """The modules of a head's leaves."""
+    if task_type not in TASKS:
+        raise ValueError(f"PEFT keeps no new head of task_type={task_type!r} ({tree.listing(leaves)}). Use --format=hf --merge.")
+    paths = [_above(names.place(leaf, x.shape, table).tensors[0]) for leaf, x in leaves.items()]
+    return sorted({next((module for module in path if ends(module, SAVED[task_type])), path[-1]) for path in paths})
 
 
-def _modules(tensors: Mapping[str, Any], layers: int, table: Table) -> list[str] | str:
-    """target_modules: the last parts of the adapted modules' names, or, where another module's name ends like that too, a regular
-    expression for the whole names. ValueError unless all layers have them."""
-    paths = {str(_module(name)) for name in tensors if not name.endswith(ROWS)}
-    every = [row.tensor for row in _linear(table, "")]
-    counts = {module: sum(re.fullmatch(_pattern(module), path) is not None for path in paths) for module in every}
-    adapted = [module for module in every if counts[module]]
-    if short := {module: counts[module] for module in adapted if counts[module] != layers}:
-        raise ValueError(f"An adapter for PEFT must be in all {layers} layers; layers that have it: {short}.")
-    if not adapted:
-        raise ValueError("There is no LoRA leaf (.../adapter/a) to write.")
-    last = {module: module.rsplit(".", 1)[-1] for module in every}
-    suffixes = {last[module] for module in adapted}
-    apart = all(counts[module] or last[module] not in suffixes for module in every)
-    return sorted(suffixes) if apart else "|".join(map(_pattern, adapted))
+# Modules.
 
 
-def _roles(modules: set[str], table: Table) -> tuple[tuple[str, ...], int]:
-    """(roles that are adapted, number of layers). ValueError for a module that the network does not have."""
-    roles, layers, left = [], 0, set(modules)
-    for role, pattern, _ in _linear(table):
-        hits = {module: int(hit[1]) for module in modules if (hit := re.fullmatch(_pattern(pattern), module))}
-        left -= hits.keys()
-        if hits:
-            roles.append(role)
-            layers = max(layers, 1 + max(hits.values()))
+def _tell(kind: Kind, method: Mapping[str, Any], leaves: Leaves, table: Table, outline: Outline) -> dict[str, Any]:
+    """What adapter_config.json says of the adapted modules. ValueError unless all layers that could have an adapter have it."""
+    net = projections(outline.embeds if kind.embed else outline.sites, table)
+    places: dict[str, set[int]] = {}
+    for leaf in _own(leaves, "adapter"):
+        role, layers = stack.apart(leaf.partition("/adapter/")[0])
+        places.setdefault(role, set()).update(layers or ())
+    if short := {role: sorted(has) for role, has in places.items() if tuple(sorted(has)) != net.layers.get(role)}:
+        raise ValueError(f"An adapter for PEFT must be in all layers that have its place; layers that have it: {short}.")
+    roles = [role for role in net.modules if role in places]
+    conv = not any(row.transposed for row in table if row.leaf.removesuffix("/kernel") in roles)
+    said = {"fan_in_fan_out": conv} if kind.conv and not kind.embed else {}
+    return {"target_modules": spell(roles, net), **said, **kind.tell(method, roles, net, _own(leaves, "adapter"))}
+
+
+def _roles(modules: set[str], net: Projections, raw: Mapping[str, Any], directory: Path) -> tuple[str, ...]:
+    """The adapted roles. ValueError for a module that the network does not have, or that target_modules names wrongly."""
+    said, of = raw.get("target_modules"), {module: role for role in net.modules for module in net.paths(role)}
+    left = modules - of.keys()
+    if "embed" in net.modules:  # PEFT stores copies for modules that share its weights, which are no targets
+        left = {module for module in left if targeted(module, said)}
     if left:
         raise ValueError(f"Adapters on modules that are not projections of this network's layers: {tree.listing(sorted(left))}.")
+    for module, role in of.items():
+        if targeted(module, said) != (module in modules):
+            has = "tensors, and is not named by it" if module in modules else "no tensors, and is named by it"
+            raise ValueError(f"{directory / CONFIG}: target_modules={json.dumps(said)}: {module} ({role}) has {has}.")
+    roles = tuple(role for role in net.modules if any(module in modules for module in net.paths(role)))
+    for role in roles:
+        if missing := [module for module in net.paths(role) if module not in modules]:
+            raise ValueError(f"{directory} has adapters in some layers only; all layers need one here. Missing: {tree.listing(missing)}.")
     if not roles:
-        raise ValueError(f"There is no adapter in the file: no tensor ends in {PARTS['a']}.")
-    return tuple(roles), layers
+        raise ValueError(f"There is no adapter in {directory}.")
+    return roles
 
 
-def _targeted(module: str, target: Any) -> bool:
-    """PEFT's rule: a list holds whole last parts of names; a string is a pattern for the whole name, or `all-linear`."""
-    if target == "all-linear":
-        return True
-    if isinstance(target, str):
-        return re.fullmatch(target, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in target or ())
-
-
-def _token_indices(flat: Mapping[str, Any], tensors: Mapping[str, Any], added: tuple[int, int], table: Table) -> dict[str, list[int]]:
+def _token_indices(flat: Leaves, tensors: Iterable[str], added: tuple[int, int]) -> dict[str, list[int]]:
     """trainable_token_indices: the ids whose rows are in the file, for the embedding and, if it is not tied, for the head."""
     for leaf in names.ADDED:
         if leaf in flat and flat[leaf].shape[0] != added[1]:
             raise ValueError(f"{leaf} has {flat[leaf].shape[0]} rows, and added={added} says {added[1]}.")
-    modules = [str(_module(name)) for name in tensors if name.endswith(ROWS)]
-    return {module.rsplit(".", 1)[-1]: list(range(added[0], added[0] + added[1])) for module in modules}
+    modules = [name.removesuffix(f".{ROWS}").rpartition(".")[2] for name in tensors if name.endswith(ROWS)]
+    return {module: list(range(added[0], added[0] + added[1])) for module in modules}
 
 
 def _added(said: Mapping[str, Sequence[int]] | Sequence[int] | None, directory: Path) -> tuple[int, int]:

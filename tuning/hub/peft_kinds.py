@@ -1,0 +1,336 @@
+"""What PEFT calls our methods: for each peft_type its keys in adapter_config.json and its tensors (the formats of peft 0.21).
+
+Shapes: L layers, D input width, F output width, R rank, n positions of a prompt or prefix, K key-value heads, H head width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tuning.hub.names import Table
+from tuning.methods import kernels
+from tuning.nn import stack
+from tuning.nn.sites import Site
+
+Config = Mapping[str, Any]
+Leaves = Mapping[str, np.ndarray]  # by name
+
+
+class Projections(NamedTuple):
+    """The projections of a network that offer sites, as the file calls them.
+
+    sites    by role; the layers that have it are in `layers`
+    modules  {role: module, with `{layer}`}
+    others   the network's other modules, `{layer}` and `{expert}` in them
+    """
+
+    sites: dict[str, Site]
+    layers: dict[str, tuple[int, ...]]
+    modules: dict[str, str]
+    others: tuple[str, ...]
+
+    def paths(self, role: str) -> list[str]:
+        """The role's modules, one for each layer that has it."""
+        return [self.modules[role].format(layer=i) for i in self.layers[role]] or [self.modules[role]]
+
+
+def projections(sites: Iterable[Site], table: Table) -> Projections:
+    """The places that `sites` are, by the family's table: projections, or the embedding."""
+    sites = tuple(sites)
+    rows = {
+        row.leaf.rpartition("/")[0]: row.tensor
+        for row in table
+        if row.leaf.endswith(("/kernel", "embed/table")) and "{expert}" not in row.tensor
+    }
+    of = {site.role: site for site in sites if rows.get(site.role, "").endswith(".weight")}
+    layers = {role: tuple(sorted({i for site in sites if site.role == role for i in site.layers})) for role in of}
+    named = {role: rows[role].removesuffix(".weight") for role in of}
+    others = {row.tensor.rpartition(".")[0] for row in table} - set(named.values())
+    return Projections(of, layers, named, tuple(sorted(others)))
+
+
+# Naming modules.
+
+
+def targeted(module: str, target: Any) -> bool:
+    """PEFT's rule for target_modules: a list holds whole last parts of names; a string is a pattern for the whole name, or `all-linear`."""
+    if target == "all-linear":
+        return True
+    if isinstance(target, str):
+        return re.fullmatch(target, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in target or ())
+
+
+def ends(module: str, said: Any) -> bool:
+    """PEFT's rule for feedforward_modules and modules_to_save: a list holds ends of names, which need not begin at a dot."""
+    return re.fullmatch(said, module) is not None if isinstance(said, str) else any(module.endswith(name) for name in said or ())
+
+
+def pattern(module: str) -> str:
+    """A regular expression for the module in any layer."""
+    return re.escape(module).replace(re.escape("{layer}"), r"(\d+)").replace(re.escape("{expert}"), r"\d+")
+
+
+def spell(roles: Iterable[str], net: Projections, rule: Callable[[str, Any], bool] = targeted) -> list[str] | str:
+    """The roles' modules for PEFT: the last parts of their names or, where another module's name ends like that too, a regular expression
+    for whole names."""
+    chosen = [net.modules[role] for role in roles]
+    last = sorted({module.rpartition(".")[2] for module in chosen})
+    apart = not any(rule(module, last) for module in {*net.modules.values(), *net.others}.difference(chosen))
+    return last if apart else "|".join(map(pattern, chosen))
+
+
+# The kinds.
+
+
+class Part(NamedTuple):
+    """A tensor of an adapted module.
+
+    ending  of its name
+    write   (one layer's values, role) -> those of the file
+    read    those of the file -> the layer's values, in any shape
+    """
+
+    ending: str
+    write: Callable[[np.ndarray, str], np.ndarray] = lambda x, role: x.T
+    read: Callable[[np.ndarray], np.ndarray] = np.transpose
+
+
+class Pack(NamedTuple):
+    """All leaves as the one tensor `prompt_embeddings`.
+
+    write  (leaves, sides) -> tensor; of an encoder-decoder PEFT counts two sides
+    read   (tensor, leaves that give the shapes) -> leaves
+    tell   (leaves) -> the sizes that adapter_config.json says
+    """
+
+    write: Callable[[Leaves, int], np.ndarray]
+    read: Callable[[np.ndarray, Leaves], dict[str, np.ndarray]]
+    tell: Callable[[Leaves], dict[str, int]]
+
+
+class Kind(NamedTuple):
+    """One peft_type.
+
+    method    our name of it; reads_as, the method that it is read as, where that is another one
+    keys      {key: (ours, what PEFT takes where it is absent)}
+    parts     {last part of a leaf's name: its tensor}, of methods that stand at modules; pack, of the others
+    embed     whether the module is the embedding; else they are projections
+    rows      whether rows of added tokens go with it
+    conv      whether PEFT also has it for the layers of GPT-2, which are no nn.Linear
+    said      further keys that are read; neutral, {key: values with which it changes nothing}; inert, keys that never do
+    constant  what is written besides
+    tell      (method's config, roles, net, the adapter's leaves) -> keys of adapter_config.json
+    hear      (adapter_config.json, roles, net) -> keys of the method's config
+    """
+
+    method: str
+    keys: Mapping[str, tuple[str, Any]]
+    parts: Mapping[str, Part] = {}
+    pack: Pack | None = None
+    reads_as: str = ""
+    embed: bool = False
+    rows: bool = False
+    conv: bool = True
+    said: tuple[str, ...] = ()
+    neutral: Mapping[str, tuple] = {}
+    inert: tuple[str, ...] = ()
+    constant: Mapping[str, Any] = {}
+    tell: Callable[[Config, Sequence[str], Projections, Leaves], dict[str, Any]] = lambda method, roles, net, leaves: {}
+    hear: Callable[[Config, Sequence[str], Projections], dict[str, Any]] = lambda raw, roles, net: {}
+
+
+def whole(value: Any) -> Any:
+    """A number that is whole as an int, which is what PEFT writes."""
+    return int(value) if isinstance(value, float) and value == int(value) else value
+
+
+def _check_ranks(leaves: Leaves, part: str, ranks: Mapping[str, int]) -> None:
+    """ValueError unless the leaves of this last part of their names, whose last axis is the rank, have the ranks of their roles."""
+    for name, leaf in leaves.items():
+        module, _, last = name.rpartition("/adapter/")
+        if last == part and leaf.shape[-1] != (rank := ranks[stack.apart(module)[0]]):
+            raise ValueError(f"The adapters have rank {leaf.shape[-1]} at {module}, not rank={rank}.")
+
+
+def _tell_loha(method: Config, roles: Sequence[str], net: Projections, leaves: Leaves) -> dict[str, Any]:
+    _check_ranks(leaves, "w1_b", {role: method["rank"] for role in roles})
+    return {}
+
+
+# LoRA: numbers by role.
+
+BY_ROLE = {"rank_pattern": ("r", "rank", "ranks", int), "alpha_pattern": ("lora_alpha", "alpha", "alphas", float)}
+
+
+def _tell_lora(method: Config, roles: Sequence[str], net: Projections, leaves: Leaves) -> dict[str, Any]:
+    if method.get("init") in ("pissa", "olora"):
+        raise ValueError(
+            f"method.init={method['init']!r} moved a part of the kernels into the adapter, and PEFT would add it to whole ones. "
+            "Use --format=hf --merge."
+        )
+    experts = {module.rpartition(".")[2] for module in net.others if "{expert}" in module}
+    if clash := [role for role in roles if net.modules[role].rpartition(".")[2] in experts]:
+        raise ValueError(
+            f"PEFT takes adapters of {', '.join(clash)} for the experts', whose projections have the same names. Use --format=hf."
+        )
+    sites, told = [net.sites[role] for role in roles], {}
+    for key, (_, one, many, kind) in BY_ROLE.items():
+        values = kernels.by_role(many, method[one], method.get(many, ()), sites, kind)
+        if one == "rank":
+            _check_ranks(leaves, "a", values)
+        spelled = {role: spell([role], net) for role, value in values.items() if value != method[one]}
+        told[key] = {said if isinstance(said, str) else said[0]: whole(values[role]) for role, said in spelled.items()}
+    return told
+
+
+def _hear_lora(raw: Config, roles: Sequence[str], net: Projections) -> dict[str, Any]:
+    heard = {}
+    for key, (base, _, many, _) in BY_ROLE.items():
+        default, patterns = raw.get(base, 8), raw.get(key) or {}
+
+        def of(module: str, patterns=patterns, default=default) -> Any:
+            return next((value for said, value in patterns.items() if re.match(rf"(.*\.)?({said})$", module)), default)
+
+        values = {role: {of(module) for module in net.paths(role)} for role in roles}
+        if uneven := {role: sorted(found) for role, found in values.items() if len(found) > 1}:
+            raise ValueError(f"{CONFIG}: {key}={patterns!r} differs among the layers of {uneven}; here they must share it.")
+        heard[many] = tuple(f"{role}={found}" for role, (found,) in values.items() if found != default)
+    return heard
+
+
+# IA3: what is scaled, a projection's input or its output.
+
+
+def _inside(role: str) -> bool:
+    return role.endswith("mlp/down")
+
+
+def _hear_ia3(raw: Config, roles: Sequence[str], net: Projections) -> dict[str, Any]:
+    said = raw.get("feedforward_modules")
+    for role in roles:
+        for module in net.paths(role):
+            if (said is not None and ends(module, said)) != _inside(role):
+                side = "input" if _inside(role) else "output"
+                raise ValueError(f"{CONFIG}: feedforward_modules={said!r}: the factors of {module} ({role}) are for its {side} here.")
+    return {}
+
+
+# Prompts and prefixes.
+
+
+def _read_prompt(rows: np.ndarray, leaves: Leaves) -> dict[str, np.ndarray]:
+    """The first rows; those of an encoder-decoder's other side are never used."""
+    return {name: rows[: leaf.shape[0]] for name, leaf in leaves.items()}
+
+
+def _tell_prompt(leaves: Leaves) -> dict[str, int]:
+    (leaf,) = leaves.values()
+    return {"num_virtual_tokens": leaf.shape[0], "token_dim": leaf.shape[1]}
+
+
+def _places(leaves: Leaves) -> list[tuple[str, range, int]]:
+    """(leaf, its layers, 0 for keys or 1 for values) of a prefix. ValueError unless it is one of each for every layer from the first on."""
+    found = [(name, stack.apart(name)) for name in leaves]
+    places = [(name, layers, int(kind.endswith("/values"))) for name, (kind, layers) in found if kind in PREFIX_LEAVES and layers]
+    cells = sorted((layer, side) for _, layers, side in places for layer in layers)
+    if len(places) < len(leaves) or cells != [(i, side) for i in range(len(cells) // 2) for side in (0, 1)]:
+        raise ValueError(f"PEFT has a prefix of keys and values in all layers of a decoder or encoder; here there is {', '.join(leaves)}.")
+    return places
+
+
+def _write_prefix(leaves: Leaves, sides: int) -> np.ndarray:
+    """[n, layers 2 K H]."""
+    places = _places(leaves)
+    n, K, H = leaves[places[0][0]].shape[1:]
+    cells = np.empty((n, sum(len(layers) for _, layers, _ in places) // 2, 2, K, H), leaves[places[0][0]].dtype)
+    for name, layers, side in places:
+        cells[:, list(layers), side] = np.moveaxis(leaves[name], 0, 1)
+    return cells.reshape(n, -1)
+
+
+def _read_prefix(rows: np.ndarray, leaves: Leaves) -> dict[str, np.ndarray]:
+    places = _places(leaves)
+    n, K, H = leaves[places[0][0]].shape[1:]
+    cells = rows.reshape(n, -1, 2, K, H)
+    return {name: np.moveaxis(cells[:, list(layers), side], 1, 0) for name, layers, side in places}
+
+
+def _tell_prefix(leaves: Leaves) -> dict[str, int]:
+    places = _places(leaves)
+    n, K, H = leaves[places[0][0]].shape[1:]
+    layers = sum(len(layers) for _, layers, _ in places) // 2
+    return {"num_virtual_tokens": n, "token_dim": K * H, "num_attention_heads": K, "num_layers": layers}
+
+
+def _hear_ids(raw: Config, roles: Sequence[str], net: Projections) -> dict[str, Any]:
+    ids = raw.get("token_indices") or []
+    if not ids or len(set(ids)) < len(ids):
+        raise ValueError(f"{CONFIG}: token_indices={ids!r} must be ids, each once.")
+    return {"ids": tuple(ids)}
+
+
+CONFIG = "adapter_config.json"
+PREFIX_LEAVES = ("attn/adapter/keys", "attn/adapter/values")
+LENGTH = {"num_virtual_tokens": ("length", 0)}
+SIZES = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+PROMPT = Pack(lambda leaves, sides: np.concatenate([*leaves.values()] * sides), _read_prompt, _tell_prompt)
+ENCODER = ("encoder_hidden_size", "encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout")
+TEXT = ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+TARGETS = ("target_modules", "modules_to_save")
+
+NO_DROPOUT = {"rank_dropout": (0.0,), "module_dropout": (0.0,)}
+
+KINDS: dict[str, Kind] = {
+    "LORA": Kind(
+        "lora",
+        {
+            "r": ("rank", 8), "lora_alpha": ("alpha", 8.0), "lora_dropout": ("dropout", 0.0), "use_rslora": ("rank_stabilized", False),
+            "use_dora": ("dora", False),
+        },
+        {"a": Part("lora_A.weight"), "b": Part("lora_B.weight"), "magnitude": Part("lora_magnitude_vector")},
+        rows=True, said=(*TARGETS, "trainable_token_indices", *BY_ROLE),
+        # The other ways to start change the base's weights too.
+        neutral={"init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"), "bias": ("none",)},
+        inert=("megatron_core", "qalora_group_size", "layers_pattern"), constant={"bias": "none", "init_lora_weights": True},
+        tell=_tell_lora, hear=_hear_lora,
+    ),
+    "IA3": Kind(
+        "ia3", {},
+        {"scale": Part("ia3_l", lambda x, role: x[None] if _inside(role) else x[:, None], np.ravel)},
+        said=(*TARGETS, "feedforward_modules"), inert=("init_ia3_weights",), constant={"init_ia3_weights": True},
+        tell=lambda method, roles, net, leaves: {"feedforward_modules": spell(filter(_inside, roles), net, ends)}, hear=_hear_ia3,
+    ),
+    "LOHA": Kind(
+        "loha", {"r": ("rank", 8), "alpha": ("alpha", 8.0)}, {name: Part(f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+        conv=False, said=TARGETS, neutral=NO_DROPOUT, inert=("init_weights", "layers_pattern"), constant={"init_weights": True},
+        tell=_tell_loha,
+    ),
+    "LOKR": Kind(
+        "lokr",
+        {"r": ("rank", 8), "alpha": ("alpha", 8.0), "decompose_factor": ("factor", -1), "decompose_both": ("decompose_both", False)},
+        {name: Part(f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
+        conv=False, said=TARGETS, neutral=NO_DROPOUT, inert=("init_weights", "layers_pattern", "rank_dropout_scale"),
+        constant={"init_weights": True},
+    ),
+    "PROMPT_TUNING": Kind(
+        "prompt", LENGTH, pack=PROMPT, said=(*SIZES, "modules_to_save"), inert=TEXT, constant={"prompt_tuning_init": "RANDOM"},
+    ),
+    "P_TUNING": Kind(
+        "p_tuning", LENGTH, pack=PROMPT, reads_as="prompt", said=(*SIZES, "modules_to_save"), inert=ENCODER,
+        constant={"encoder_reparameterization_type": "MLP", "encoder_num_layers": 2, "encoder_dropout": 0.0},
+    ),
+    "PREFIX_TUNING": Kind(
+        "prefix", LENGTH, pack=Pack(_write_prefix, _read_prefix, _tell_prefix), said=(*SIZES, "modules_to_save"),
+        inert=("encoder_hidden_size", "prefix_projection", "init_weights"), constant={"prefix_projection": False},
+    ),
+    "TRAINABLE_TOKENS": Kind(
+        "tokens", {}, {"rows": Part("trainable_tokens_delta", lambda x, role: x, np.asarray)}, embed=True,
+        said=(*TARGETS, "token_indices"), inert=("init_weights",), constant={"init_weights": True},
+        tell=lambda method, roles, net, leaves: {"token_indices": list(method["ids"])}, hear=_hear_ids,
+    ),
+}  # fmt: skip
