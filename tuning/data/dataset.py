@@ -171,15 +171,17 @@ def dataset(
     and if nothing is learned at all.
     """
     _check_options(reader, length, input_length, overlong, unlearned)
-    if reader.kind == "encoder_decoder":
-        input_length = input_length or length
+    input_length = (input_length or length) if reader.kind == "encoder_decoder" else 0
+    room = (length, input_length - reader.slots) if input_length else (length - reader.slots, 0)
+    if min(room[0], room[1] or 2) < 2:
+        raise ValueError(f"The method keeps {reader.slots} positions of each example, which leaves no room for text in length={length}.")
     cut = format(reader)
     data = sources.read(path, subset=subset, split=split, columns=tuple(columns), sample_by=sample_by)
     kept: list[Example] = []
     counts = dict(truncated=0, inputs_truncated=0, split=0, cut_away=0, dropped=0)
     for row, example in enumerate(_examples(data, cut, path)):
         try:
-            kept += _fit(example, length, input_length, overlong, unlearned, counts)
+            kept += [_slotted(part, reader) for part in _fit(example, *room, overlong, unlearned, counts)]
         except ValueError as error:
             raise ValueError(f"{path}, row {row}: {error}") from None
     if not kept:
@@ -278,6 +280,21 @@ def _fit(example: Example, length: int, input_length: int, overlong: str, unlear
     counts["cut_away"] += 1
     counts["dropped"] += 1
     return []
+
+
+def _slotted(example: Example, reader: Reader) -> Example:
+    """The example with free positions before it. What is said at a first token, for the whole, is said at the first of these."""
+    if not reader.slots:
+        return example
+    free = lambda array: np.zeros(reader.slots, array.dtype)  # noqa: E731
+    before = lambda array: None if array is None else np.concatenate([free(array), array])  # noqa: E731
+    if example.inputs is not None:
+        return example._replace(inputs=before(example.inputs))
+    whole = reader.classes and reader.pool == "first" and not reader.per_token
+    targets, learned = (
+        np.concatenate([array, free(array)] if whole else [free(array), array]) for array in (example.targets, example.learned)
+    )
+    return example._replace(tokens=before(example.tokens), targets=targets, learned=learned, types=before(example.types))
 
 
 def _piece(example: Example, first: int, length: int) -> Example:

@@ -26,6 +26,7 @@ class Reader:
     per_token  whether the head classifies every token, and not the sequence
     pool       the token whose hidden state classifies the sequence, "first" or "last"
     start      the id that an encoder-decoder's decoder starts from
+    slots      positions that are kept free before each example, or before what the encoder of an encoder-decoder reads
     """
 
     tokenizer: Tokenizer
@@ -34,6 +35,7 @@ class Reader:
     pool: str = "last"
     start: int | None = None
     per_token: bool = False
+    slots: int = 0
 
     def __post_init__(self):
         for key, known in (("kind", KINDS), ("pool", POOLS)):

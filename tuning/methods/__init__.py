@@ -1,8 +1,28 @@
 """Ways of tuning a network. To add one: write its file and add its line here."""
 
 from tuning.core.parts import Part
+from tuning.methods.bottleneck import bottleneck
 from tuning.methods.full import full
+from tuning.methods.ia3 import ia3
+from tuning.methods.loha import loha
+from tuning.methods.lokr import lokr
 from tuning.methods.lora import lora
+from tuning.methods.p_tuning import p_tuning
 from tuning.methods.partial import partial
+from tuning.methods.prefix import prefix
+from tuning.methods.prompt import prompt
+from tuning.methods.vera import vera
 
-METHODS: dict[str, Part] = {"full": full, "partial": partial, "lora": lora}
+METHODS: dict[str, Part] = {
+    "full": full,
+    "partial": partial,
+    "lora": lora,
+    "vera": vera,
+    "loha": loha,
+    "lokr": lokr,
+    "ia3": ia3,
+    "bottleneck": bottleneck,
+    "prompt": prompt,
+    "p_tuning": p_tuning,
+    "prefix": prefix,
+}

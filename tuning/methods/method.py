@@ -30,7 +30,9 @@ class Method:
     sites   what is added to the network, and where
     cuts    layers before which the stack must be cut, because leaves on the two sides are treated differently
     start   parameters as loaded -> parameters to start from
-    fold    parameters -> the base network's parameters that give the same outputs, nothing added (computed in float32)
+    fold    parameters -> the base network's parameters that give the same outputs, nothing added (computed in float32); None where there
+            are no such parameters
+    bare    parameters -> the same without what only training needs
     pace    how fast the leaf of this name learns
     slots   positions that are kept free before the tokens of every example, for what the method puts there
     """
@@ -39,6 +41,7 @@ class Method:
     sites: Sites = NOTHING
     cuts: tuple[int, ...] = ()
     start: Callable[[Tree], Tree] = lambda params: params
-    fold: Callable[[Tree], Tree] = lambda params: params
+    fold: Callable[[Tree], Tree] | None = lambda params: params
+    bare: Callable[[Tree], Tree] = lambda params: params
     pace: Callable[[str], Pace] = lambda name: Pace()
     slots: int = 0

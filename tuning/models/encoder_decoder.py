@@ -112,7 +112,7 @@ class EncoderDecoder(nnx.Module):
     def __init__(self, config: EncoderDecoderConfig, sites: Sites, cuts: tuple[int, ...], rngs: nnx.Rngs):
         c, d = config, config.decoder
         self.config = c
-        self.embed = Embedding(d.vocab_size, d.width, rngs, added=d.added)
+        self.embed = Embedding(d.vocab_size, d.width, sites, rngs, added=d.added)
         self.embed.table[...] = jax.random.normal(rngs.params(), (d.vocab_size, d.width))  # T5's start; a tied head scales it down
         self.encoder = Trunk(c.encoder, "encoder/", False, sites, (), rngs)
         self.decoder = Trunk(d, "decoder/", True, sites, cuts, rngs)
@@ -131,7 +131,7 @@ class EncoderDecoder(nnx.Module):
             same_BTS = batch.segments[:, :, None] == source_segments_BS[:, None, :]
             cross = Seen((same_BTS & (source_segments_BS != 0)[:, None, :])[:, None])
             key = keys.fold(key, "decoder")
-            x_BTD = self._embed(batch.tokens, d, key)
+            x_BTD = self._embed(batch.tokens, None, d, key)
             x_BTD, measures, cache = transformer.run(
                 d, self.decoder, x_BTD, batch.positions, batch.segments, cache, key, cross=cross, source=source_BSD
             )
@@ -147,10 +147,10 @@ class EncoderDecoder(nnx.Module):
 
     def _encode(self, inputs: Inputs, key: jax.Array | None) -> jax.Array:
         e, key = self.config.encoder, keys.fold(key, "encoder")
-        x_BSD = self._embed(inputs.tokens, e, key)
+        x_BSD = self._embed(inputs.tokens, inputs.positions, e, key)
         x_BSD, _, _ = transformer.run(e, self.encoder, x_BSD, inputs.positions, inputs.segments, None, key)
         return dropout(x_BSD, e.dropout, keys.fold(key, "out"))
 
-    def _embed(self, tokens: jax.Array, c: TransformerConfig, key: jax.Array | None) -> jax.Array:
-        x = self.embed(tokens, jnp.dtype(c.dtype))
+    def _embed(self, tokens: jax.Array, positions: jax.Array | None, c: TransformerConfig, key: jax.Array | None) -> jax.Array:
+        x = self.embed(tokens, positions, jnp.dtype(c.dtype))
         return mesh.constrain(dropout(x, c.dropout, keys.fold(key, "embed")), "batch", None, None)

@@ -117,7 +117,7 @@ class RecurrentNetwork(nnx.Module):
 
     def __init__(self, config: RecurrentConfig, sites: Sites, rngs: nnx.Rngs):
         c = self.config = config
-        self.embed = Embedding(c.vocab_size, c.width, rngs, added=c.added)
+        self.embed = Embedding(c.vocab_size, c.width, sites, rngs, added=c.added)
         if not c.shares:
             # torch's start. No norm follows, and with the faint vectors that a transformer starts from the gates learn much more slowly.
             self.embed.table[...] = jax.random.normal(rngs.params(), (c.vocab_size, c.width))
@@ -131,7 +131,7 @@ class RecurrentNetwork(nnx.Module):
         """(hidden_BTD, head, {}, cache); the state stays inside a segment, and passes over segment 0, padding."""
         c = self.config
         with jax.default_matmul_precision(c.precision):
-            x_BTD = mesh.constrain(self.embed(batch.tokens, jnp.dtype(c.dtype)), "batch", None, None)
+            x_BTD = mesh.constrain(self.embed(batch.tokens, batch.positions, jnp.dtype(c.dtype)), "batch", None, None)
             x_BTD, read = self.blocks(x_BTD, batch.segments, keys.fold(key, "blocks"), cache)
             if c.head.pool == "mean":
                 x_BTD = mean_of_segments(x_BTD, batch.segments)

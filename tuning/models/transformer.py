@@ -26,7 +26,7 @@ from tuning.nn.linear import Embedding, Table
 from tuning.nn.mlp import ACTIVATIONS
 from tuning.nn.norm import NORMS, Norm
 from tuning.nn.position import RelativeBias, alibi, alibi_of_keys
-from tuning.nn.sites import Sites
+from tuning.nn.sites import NOTHING, Sites
 from tuning.nn.stack import Stack, segments
 
 POSITIONS = ("rotary", "learned", "alibi", "alibi_keys", "relative")
@@ -177,7 +177,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, sites: Sites, cuts: tuple[int, ...], rngs: nnx.Rngs):
         c = self.config = config
-        self.embed = Embedding(c.vocab_size, c.width, rngs, added=c.added)
+        self.embed, self.offset = Embedding(c.vocab_size, c.width, sites, rngs, added=c.added, scale=c.embed_scale), sites.offset
         learned = c.positions == "learned"
         self.positions = Table(c.max_length + c.position_offset, c.width, rngs) if learned else None
         self.types = Table(c.type_count, c.width, rngs) if c.type_count else None
@@ -188,6 +188,7 @@ class Transformer(nnx.Module):
     def __call__(self, batch: Batch, cache: caches.Cache | None, key: jax.Array | None):
         """(hidden_BTD, head, measures, cache); attention stays inside a segment, and segment 0 is padding."""
         c = self.config
+        batch = dataclasses.replace(batch, positions=batch.positions + self.offset)
         with jax.default_matmul_precision(c.precision):
             x_BTD = self._embed(batch, key)
             x_BTD, measures, cache = run(c, self, x_BTD, batch.positions, batch.segments, cache, key)
@@ -197,9 +198,7 @@ class Transformer(nnx.Module):
 
     def _embed(self, batch: Batch, key: jax.Array | None) -> jax.Array:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
-        x_BTD = self.embed(batch.tokens, dtype)
-        if c.embed_scale != 1:
-            x_BTD = x_BTD * jnp.asarray(c.embed_scale, dtype)
+        x_BTD = self.embed(batch.tokens, batch.positions, dtype)
         if self.types is not None:
             x_BTD = x_BTD + self.types(jnp.zeros_like(batch.tokens) if batch.types is None else batch.types, dtype)
         if self.positions is not None:
@@ -212,6 +211,8 @@ class Transformer(nnx.Module):
 
 def trunk(c: TransformerConfig, layer: Layer, sites: Sites, cuts: tuple[int, ...], rngs: nnx.Rngs):
     """(relative bias or None, the stack of layers, final norm or None)."""
+    if c.positions not in ("rotary", "learned"):  # a bias by distance says nothing about what is no token
+        sites = dataclasses.replace(sites, memory=NOTHING.memory)
     relative = RelativeBias(*c.relative, c.heads, c.causal, rngs) if c.positions == "relative" else None
     make = lambda kind, layers, rngs: Block(layer, kind, layers, sites, rngs)  # noqa: E731
     return relative, Stack(make, c.kinds, cuts, c.remat, rngs), Norm(c.norm, c.width, c.norm_eps) if c.final_norm else None

@@ -201,6 +201,8 @@ class Attention(nnx.Module):
         sizes = {"": (0, 0), "head": (shape.head_dim,) * 2, "whole": (query, kv)}[shape.qk_norm]
         self.q_norm = Norm(shape.norm, sizes[0], shape.eps) if shape.qk_norm else None
         self.k_norm = Norm(shape.norm, sizes[1], shape.eps) if shape.qk_norm else None
+        own = not role.endswith("cross")
+        self.adapter = sites.memory(Site(role, (shape.kv_heads, shape.head_dim), ("kv_heads", "norm"), layers), rngs) if own else None
 
     def __call__(self, x_BTD: jax.Array, seen: Seen, key: jax.Array | None, store: Store | None = None) -> jax.Array:
         """Attention of a sequence to itself."""
@@ -210,6 +212,8 @@ class Attention(nnx.Module):
         q, k, v = (mesh.constrain(y, "batch", None, axis, None) for y, axis in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
         if store is not None:
             k, v = store(k, v)
+        if self.adapter is not None:
+            k, v, seen = _before(self.adapter(), k, v, seen)
         return self._attend(q, k, v, seen, key)
 
     def memory(self, source_BSD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -245,3 +249,12 @@ class Attention(nnx.Module):
         chance = keys.fold(key, self.role) if s.dropout else None
         y: Any = attend(how, q, k.astype(q.dtype), v.astype(q.dtype), seen.mask, seen.bias, chance)
         return self.o(y.reshape(*y.shape[:2], -1), keys.fold(key, f"{self.role}/o"))
+
+
+def _before(memory_nKH, k_BSKH: jax.Array, v_BSKH: jax.Array, seen: Seen) -> tuple[jax.Array, jax.Array, Seen]:
+    """Keys and values with those of a memory before them, which every token sees."""
+    assert seen.bias is None, "What is no token has no distance."
+    each = lambda part, y: jnp.broadcast_to(part[None].astype(y.dtype), (y.shape[0], *part.shape))  # noqa: E731
+    k, v = (jnp.concatenate([each(part, y), y], axis=1) for part, y in zip(memory_nKH, (k_BSKH, v_BSKH), strict=True))
+    always = jnp.ones((*seen.mask.shape[:3], memory_nKH[0].shape[0]), bool)
+    return k, v, dataclasses.replace(seen, mask=jnp.concatenate([always, seen.mask], axis=-1))

@@ -17,7 +17,7 @@ from tuning.nn.dropout import dropout
 from tuning.nn.mlp import MLP
 from tuning.nn.moe import MoE
 from tuning.nn.norm import Norm
-from tuning.nn.sites import Sites
+from tuning.nn.sites import Site, Sites
 
 # Where a sublayer f is normalised, x being what came in:
 #   before         x + f(norm(x))
@@ -99,6 +99,8 @@ class Block(nnx.Module):
         norm = lambda there: Norm(c.norm, width, c.eps) if there else None  # noqa: E731
         self.attn_norm = norm(c.order != "within" and kind.attn_norm)
         self.attn = Attention(c.attention, f"{c.prefix}attn", layers, sites, rngs)
+        branch = lambda name: Branch(Site(f"{c.prefix}{name}", (width, width), ("embed", "norm"), layers), sites, rngs)  # noqa: E731
+        self.attn_branch, self.mlp_branch = branch("attn"), branch("mlp")
         self.attn_out_norm = norm(c.order in ("around", "within"))
         self.cross_norm = norm(c.cross)
         self.cross = Attention(c.attention, f"{c.prefix}cross", layers, sites, rngs) if c.cross else None
@@ -122,10 +124,10 @@ class Block(nnx.Module):
             normed = _maybe(self.attn_norm, x_BTD)
             added = self.attn(normed, seen, key, store)
             up, measured = self._mlp(normed if self.mlp_norm is None else self.mlp_norm(x_BTD), context, key)
-            return x_BTD + (self._dropped("attn", added, key) + self._dropped("mlp", up, key)), measured
+            return x_BTD + (self._change("attn", x_BTD, added, None, key) + self._change("mlp", x_BTD, up, None, key)), measured
         before = self.order in ("before", "around")
         added = self.attn(_maybe(self.attn_norm, x_BTD) if before else x_BTD, seen, key, store)
-        x_BTD = self._add(x_BTD, self._dropped("attn", _maybe(self.attn_out_norm, added), key), self.attn_norm)
+        x_BTD = self._add("attn", x_BTD, _maybe(self.attn_out_norm, added), self.attn_norm, key)
         if self.cross is not None:
             assert context.cross is not None and self.cross_norm is not None
             source: Any = context.source
@@ -133,16 +135,30 @@ class Block(nnx.Module):
             across = self.cross.across(self.cross_norm(x_BTD), k, v, context.cross, key)
             x_BTD = x_BTD + dropout(across, self.dropout, keys.fold(key, "add/cross"))
         up, measured = self._mlp(_maybe(self.mlp_norm, x_BTD) if before else x_BTD, context, key)
-        return self._add(x_BTD, self._dropped("mlp", _maybe(self.mlp_out_norm, up), key), self.mlp_norm), measured
+        return self._add("mlp", x_BTD, _maybe(self.mlp_out_norm, up), self.mlp_norm, key), measured
 
-    def _dropped(self, name: str, added: jax.Array, key: jax.Array | None) -> jax.Array:
-        return dropout(added, self.dropout if name in self.dropped else 0.0, keys.fold(key, f"add/{name}"))
+    def _change(self, name: str, x_BTD: jax.Array, y_BTD: jax.Array, norm: Norm | None, key: jax.Array | None) -> jax.Array:
+        """What a sublayer that read x and said y adds to the residual stream; norm follows the sum."""
+        y_BTD = dropout(y_BTD, self.dropout if name in self.dropped else 0.0, keys.fold(key, f"add/{name}"))
+        branch: Branch = self.attn_branch if name == "attn" else self.mlp_branch
+        return branch(x_BTD, y_BTD, norm, keys.fold(key, f"branch/{name}"))
 
-    def _add(self, x_BTD: jax.Array, added: jax.Array, norm: Norm | None) -> jax.Array:
-        return _maybe(norm, x_BTD + added) if self.order == "after" else x_BTD + added
+    def _add(self, name: str, x_BTD: jax.Array, y_BTD: jax.Array, norm: Norm | None, key: jax.Array | None) -> jax.Array:
+        norm = norm if self.order == "after" else None
+        return _maybe(norm, x_BTD + self._change(name, x_BTD, y_BTD, norm, key))
 
     def _mlp(self, x_BTD: jax.Array, context: Context, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         return self.mlp(x_BTD, context.real, key) if isinstance(self.mlp, MoE) else (self.mlp(x_BTD, key), {})
+
+
+class Branch(nnx.Module):
+    """Where a method may change what a sublayer adds."""
+
+    def __init__(self, site: Site, sites: Sites, rngs: nnx.Rngs):
+        self.adapter = sites.branch(site, rngs)
+
+    def __call__(self, x_BTD: jax.Array, y_BTD: jax.Array, norm: Norm | None, key: jax.Array | None) -> jax.Array:
+        return y_BTD if self.adapter is None else self.adapter(x_BTD, y_BTD, norm, key)
 
 
 def _maybe(norm: Norm | None, x: jax.Array) -> jax.Array:

@@ -29,14 +29,21 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token ids to vectors. The rows of `added` tokens, which always learn, are a leaf of their own: ids [first, first + N)."""
+    """Token ids to vectors, or what the method answers. The rows of `added` tokens, which always learn, are a leaf of their own: ids
+    [first, first + N)."""
 
-    def __init__(self, vocab_size: int, width: int, rngs: nnx.Rngs, *, added: tuple[int, int]):
-        self.table = nnx.Param(small(rngs.params(), (vocab_size, width)), out_sharding=("vocab", "embed"))
-        self.first, count = added
+    def __init__(self, vocab_size: int, width: int, sites: Sites, rngs: nnx.Rngs, *, added: tuple[int, int], scale: float = 1.0):
+        site = Site("embed", (vocab_size, width), ("vocab", "embed"), scale=scale)
+        self.table = nnx.Param(small(rngs.params(), site.shape), out_sharding=site.axes)
+        self.adapter = sites.embed(site, rngs)
+        self.scale, (self.first, count) = scale, added
         self.added = nnx.Param(jnp.zeros((count, width)), out_sharding=(None, "embed")) if count else None
 
-    def __call__(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+        lookup = lambda tokens: self._lookup(tokens, dtype) * jnp.asarray(self.scale, dtype)  # noqa: E731
+        return lookup(tokens_BT) if self.adapter is None else self.adapter(tokens_BT, positions_BT, lookup)
+
+    def _lookup(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         table_VD = self.table[...]
         x_BTD = jnp.take(table_VD, jnp.minimum(tokens_BT, table_VD.shape[0] - 1), axis=0).astype(dtype)
         if self.added is None:

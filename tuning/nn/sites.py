@@ -3,14 +3,14 @@
 A layer asks `sites` at each place and gets a module, or None. Because the answer is born inside the layer, the scan over layers stacks
 it, the mesh rules shard it and the checkpoint names it; its leaves stand under `.../adapter/`.
 
-Shapes: D input width, F output width, "..." any leading axes.
+Shapes: B sequences, T tokens, D (input) width, F output width, n prefix tokens, K key-value heads, H head width, "..." any leading axes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,18 +19,20 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One projection, as a method sees it.
+    """One place, as a method sees it.
 
-    role    its place in a layer, `attn/q` or `mlp/down`; `head` outside the layers
-    shape   (in, out) of its kernel
-    axes    the logical axes of its kernel
+    role    of a projection `attn/q` or `mlp/down`, of a sublayer `attn` or `mlp`; `embed` and `head` outside the layers
+    shape   (in, out) of a kernel, (vocabulary, width) of the embedding, (width, width) of a sublayer, (K, H) of what attention looks at
+    axes    the logical axes of that shape
     layers  the layers whose stacked leaves it belongs to; none of them outside the layers
+    scale   what looked-up rows of the embedding are multiplied by
     """
 
     role: str
     shape: tuple[int, int]
     axes: tuple[str, str]
     layers: range = range(0)
+    scale: float = 1.0
 
     def matches(self, target: str) -> bool:
         """Whether a target names this site: by its role, by the role's last part, or as a regular expression for the whole role."""
@@ -63,15 +65,23 @@ class Project:
         return y if self.bias is None else y + along_last(self.bias, y)
 
 
-# answer(x [..., D], project, key) -> [..., F], in the projection's place
-Answer = Callable[[jax.Array, Project, Any], jax.Array]
-
-
 @dataclasses.dataclass(frozen=True)
 class Sites:
-    """What a method answers at each kind of place."""
+    """What a method answers at each kind of place: a module, or None to leave the place as it is.
+
+    weight  a projection: answer(x [..., D], project, key) -> [..., F], in its place
+    branch  a sublayer: answer(residual, y, norm, key) -> [B, T, D], what is added to the residual stream in y's place. residual went into
+            the sublayer and y came out; norm follows the sum, or is None where the sum is not normalised
+    memory  what attention looks at: answer() -> keys and values [n, K, H], seen by every token in front of its own sequence
+    embed   the embedding: answer(tokens, positions, lookup) -> [B, T, D]; positions are None in a decoder that an encoder stands before
+    offset  the position of the first token
+    """
 
     weight: Callable[[Site, nnx.Rngs], Any] = lambda site, rngs: None
+    branch: Callable[[Site, nnx.Rngs], Any] = lambda site, rngs: None
+    memory: Callable[[Site, nnx.Rngs], Any] = lambda site, rngs: None
+    embed: Callable[[Site, nnx.Rngs], Any] = lambda site, rngs: None
+    offset: int = 0
 
 
 NOTHING = Sites()
@@ -79,8 +89,27 @@ NOTHING = Sites()
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """What a method may know of a network before it is built: how many layers, which sites, which leaves (uncut, nothing added)."""
+    """What a method may know of a network before it is built.
+
+    layers    how many there are
+    sites     the projections
+    leaves    their names (uncut, nothing added)
+    branches, memories, embeds  the places of these kinds
+    encode    text -> token ids; None without a tokenizer
+    """
 
     layers: int
     sites: tuple[Site, ...]
     leaves: tuple[str, ...]
+    branches: tuple[Site, ...] = ()
+    memories: tuple[Site, ...] = ()
+    embeds: tuple[Site, ...] = ()
+    encode: Callable[[str], list[int]] | None = None
+
+    def chosen(self, targets: Iterable[str]) -> frozenset[str]:
+        """The roles that targets name. ValueError for a target that names none."""
+        roles = ", ".join(dict.fromkeys(site.role for site in self.sites))
+        for target in list(targets) or [""]:
+            if not any(site.matches(target) for site in self.sites):
+                raise ValueError(f"method.targets: {target!r} matches no site of this model. There are: {roles}.")
+        return frozenset(site.role for site in self.sites if any(site.matches(target) for target in targets))
