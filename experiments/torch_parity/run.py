@@ -31,6 +31,19 @@ SIZES = dict(
 )  # fmt: skip
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "full": dict(name="full"),
+    "lora": dict(name="lora", rank=8, alpha=16.0),
+    "dora": dict(name="lora", rank=8, alpha=16.0, dora=True),
+    "ia3": dict(name="ia3"),
+    "prompt": dict(name="prompt", length=8),
+    "prefix": dict(name="prefix", length=8),
+}
+
+
+RATES = {"full": 2e-3, "ia3": 0.1, "prompt": 0.1, "prefix": 0.1}
+
+
 @dataclasses.dataclass(frozen=True)
 class Update:
     """What one side says of one update: the loss before it (nats per learned token), and the gradient's global norm before clipping."""
@@ -61,14 +74,15 @@ def write_checkpoint(directory: Path, texts: Sequence[str], *, vocab_size: int =
 
 
 def config(checkpoint: Path, data: Path, *, method: str, pack: bool, steps: int, length: int = 256) -> dict[str, Any]:
-    """A run as a user writes it. Weight decay, clipping and the schedule are all on."""
+    """A run as a user writes it, with one of METHODS. Weight decay, clipping and the schedule are all on."""
+    decay = {} if METHODS[method]["name"] in ("full", "lora") else dict(decay=".*")
     pairs = dict(name="pairs", prompt="{question}\n", completion="{answer}")
     return dict(
         model=dict(path=str(checkpoint)),
-        method=dict(name="lora", rank=8, alpha=16.0) if method == "lora" else dict(name="full"),
+        method=METHODS[method],
         data=dict(train=dict(path=str(data), length=length, pack=pack, overlong="drop", format=pairs)),
         optimizer=dict(
-            name="adamw", learning_rate=1e-2 if method == "lora" else 2e-3, b2=0.98, weight_decay=0.1,
+            name="adamw", learning_rate=RATES.get(method, 1e-2), b2=0.98, weight_decay=0.1, **decay,
             schedule=dict(name="cosine", warmup_steps=min(5, steps // 2)),
         ),
         train=dict(steps=steps, batch_size=8, clip_norm=0.3),
@@ -76,13 +90,13 @@ def config(checkpoint: Path, data: Path, *, method: str, pack: bool, steps: int,
 
 
 def ours(run: Mapping[str, Any], adapter: Path) -> tuple[list[Update], list[dict[str, np.ndarray]]]:
-    """The updates of this library, and the batches they were made on. Writes a LoRA's start to `adapter`, as PEFT has it."""
+    """The updates of this library, and the batches they were made on. Writes what is added to `adapter`, as PEFT has it."""
     parts = build.parts(run)
     m, seed, updates, batches = parts.model, parts.config["seed"], [], []
     with jax.set_mesh(m.mesh):
         data = loader.Loader(parts.train, batch_size=parts.settings.batch_size, seed=seed, mesh=m.mesh)
         params = build.start_params(m, seed)
-        if parts.config["method"]["name"] == "lora":
+        if parts.config["method"]["name"] != "full":
             export.write(m, params, parts.config["method"], adapter, "peft", merge=False)
         now = state.start(params, m.tuned, parts.optimizer.transform, m.mesh)
         update = step.train_step(
@@ -99,15 +113,18 @@ def ours(run: Mapping[str, Any], adapter: Path) -> tuple[list[Update], list[dict
 
 
 def theirs(run: Mapping[str, Any], adapter: Path, batches: Sequence[Mapping[str, np.ndarray]]) -> list[Update]:
-    """The updates of torch on these batches: transformers' model and loss, peft's LoRA, torch's AdamW, scheduler and clipping."""
+    """The updates of torch on these batches: transformers' model and loss, peft's adapter, torch's AdamW, scheduler and clipping."""
     import peft
     import torch
     from transformers import AutoModelForCausalLM
 
     c = build.resolve(run)
     model: Any = AutoModelForCausalLM.from_pretrained(c["model"]["path"], dtype=torch.float32, attn_implementation="sdpa")
-    if c["method"]["name"] == "lora":
-        model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    if c["method"]["name"] != "full":
+        said = peft.PeftConfig.from_pretrained(str(adapter))
+        said.inference_mode = False
+        model = peft.get_peft_model(model, said)
+        peft.set_peft_model_state_dict(model, peft.utils.load_peft_weights(str(adapter)))
     model.train()
     learns = [p for p in model.parameters() if p.requires_grad]
     settings = c["optimizer"]
@@ -118,7 +135,9 @@ def theirs(run: Mapping[str, Any], adapter: Path, batches: Sequence[Mapping[str,
     optimizer = torch.optim.AdamW(groups, lr=settings["learning_rate"], betas=(settings["b1"], settings["b2"]), eps=settings["eps"])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda made: cosine(made, c["train"]["steps"], **settings["schedule"]))
     updates = []
+    slots = c["method"]["length"] if c["method"]["name"] == "prompt" else 0
     for batch in batches:
+        batch = {name: values[:, slots:] for name, values in batch.items() if values.ndim == 2}  # peft puts its prompt there by itself
         loss = model(**inputs(batch, pack=c["data"]["train"]["pack"]), use_cache=False).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(learns, c["train"]["clip_norm"])
@@ -206,9 +225,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for tied in (False, True):
             checkpoint = Path(folder) / ("tied" if tied else "untied")
             write_checkpoint(checkpoint, [row[key] for row in rows for key in ("question", "answer")], tied=tied)
-            for method in ("lora", "full"):
-                # Both ways to make rows, on either kind of head.
-                pack = tied == (method == "lora")
+            for method in METHODS:
+                # Both ways to make rows, on either kind of head. What peft puts before a row, it puts there once.
+                pack = tied == (method != "full") and method not in ("prompt", "prefix")
                 title = f"{method}, {'packed' if pack else 'padded'} rows, {'tied' if tied else 'untied'} embedding"
                 if not report(title, *compare(config(checkpoint, args.data, method=method, pack=pack, steps=args.steps))):
                     broken.append(title)
