@@ -311,6 +311,8 @@ def test_trained_rows_of_the_embedding_are_written_as_peft_does_and_read(tmp_pat
         tokens = np.array([[5, 7, 3, 9, 11, 3]])
         again = loaded(reference(checkpoint_of(family), family), where / "ours")
         assert np.array_equal(peft_logits(model, tokens), peft_logits(again, tokens))
+        mine = tuned(ours, checkpoint_of(family), said)
+        close(logits(mine, tree.merge(mine.leaves, leaves), tokens), peft_logits(model, tokens))
 
 
 HEADS = {

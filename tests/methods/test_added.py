@@ -101,6 +101,7 @@ def test_a_bottleneck_stands_where_it_was_published(place, post):
     [
         ("prompt", {"length": 0}, "at least one"), ("prompt", {"init": "tekst"}, "not one of"), ("prompt", {"text": "a"}, "goes with"),
         ("prefix", {"length": 0}, "at least one"), ("bottleneck", {"place": "above"}, "houlsby"),
+        ("tokens", {"ids": ()}, "at least one"), ("tokens", {"ids": (3, 3)}, "each once"), ("tokens", {"ids": (67,)}, "from 0 to 66"),
         ("bottleneck", {"width": 0}, "at least 1"), ("ia3", {"targets": ("w",)}, "matches no site"),
     ],
 )  # fmt: skip

@@ -14,6 +14,7 @@ from tuning.models.transformer import TransformerConfig
 SETTINGS = {
     "full": {}, "partial": {"last_layers": 2}, "lora": {"rank": 4}, "vera": {}, "loha": {"rank": 4}, "lokr": {"rank": 4}, "ia3": {},
     "bottleneck": {"width": 8}, "prompt": {"length": 4}, "p_tuning": {"length": 4, "hidden": 8}, "prefix": {"length": 4},
+    "tokens": {"ids": (5, 7, 11)},
 }  # fmt: skip
 AT_ONCE = ("prompt", "p_tuning", "prefix")  # what they add is there from the start
 
@@ -22,7 +23,7 @@ AT_ONCE = ("prompt", "p_tuning", "prefix")  # what they add is there from the st
 def case(request):
     method = METHODS[request.param](tiny.outline(), **SETTINGS[request.param])
     net = tiny.build(sites=method.sites, cuts=method.cuts)
-    return request.param, method, net, tiny.init(net)
+    return request.param, method, net, method.start(tiny.init(net))
 
 
 def base_of(net, params):

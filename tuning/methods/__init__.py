@@ -11,6 +11,7 @@ from tuning.methods.p_tuning import p_tuning
 from tuning.methods.partial import partial
 from tuning.methods.prefix import prefix
 from tuning.methods.prompt import prompt
+from tuning.methods.tokens import tokens
 from tuning.methods.vera import vera
 
 METHODS: dict[str, Part] = {
@@ -25,4 +26,5 @@ METHODS: dict[str, Part] = {
     "prompt": prompt,
     "p_tuning": p_tuning,
     "prefix": prefix,
+    "tokens": tokens,
 }

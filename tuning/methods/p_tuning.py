@@ -36,6 +36,9 @@ class Encoder(nnx.Module):
         leaves = {name: getattr(self, name)[...] for name in NAMES}
         return prompt.put(said(leaves), tokens_BT, positions_BT, lookup)
 
+    def table(self, table_VD: jax.Array) -> jax.Array:
+        return table_VD
+
 
 NAMES = ("table", *(f"{part}_{i}" for i in range(3) for part in ("kernel", "bias")))
 

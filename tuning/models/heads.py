@@ -92,7 +92,7 @@ class Head(nnx.Module):
         value = lambda param: None if param is None else param[...]  # noqa: E731
         tied = self.config.output == "vocabulary" and self.kernel is None
         weights = {
-            "kernel": embedding.table[...].T if tied else value(self.kernel),
+            "kernel": embedding.output().T if tied else value(self.kernel),
             "added": value(embedding.added if tied else self.added),
             "bias": value(self.bias),
             "dense": None if self.dense is None else (self.dense.kernel[...], value(self.dense.bias)),

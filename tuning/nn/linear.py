@@ -43,6 +43,10 @@ class Embedding(nnx.Module):
         lookup = lambda tokens: self._lookup(tokens, dtype) * jnp.asarray(self.scale, dtype)  # noqa: E731
         return lookup(tokens_BT) if self.adapter is None else self.adapter(tokens_BT, positions_BT, lookup)
 
+    def output(self) -> jax.Array:
+        """[V, D], as an output reads it that is tied to the embedding."""
+        return self.table[...] if self.adapter is None else self.adapter.table(self.table[...])
+
     def _lookup(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         table_VD = self.table[...]
         x_BTD = jnp.take(table_VD, jnp.minimum(tokens_BT, table_VD.shape[0] - 1), axis=0).astype(dtype)
