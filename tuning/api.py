@@ -186,7 +186,7 @@ def evaluate(model: LoadedModel, config: Mapping[str, Any], split: str = "eval",
     c = build.resolve(config)
     bind = functools.partial(configs.bind, build.SECTIONS, c)
     build.check_objective(model.model.source, c["objective"]["name"])
-    rows = bind(f"data.{split}")(model.model.source.reader, bind(f"data.{split}.format")())
+    rows = bind(f"data.{split}")(model.model.reader, bind(f"data.{split}.format")())
     compiled = jax.jit(step.eval_step(model.model.network.apply, bind("objective")()))
     with jax.set_mesh(model.model.mesh):
         measures = step.evaluate(compiled, model.params, loader.once(rows, batch_size=batch_size, mesh=model.model.mesh))

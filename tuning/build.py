@@ -19,6 +19,7 @@ from tuning.core.config import Config, Section
 from tuning.core.types import Loss, Tree
 from tuning.data.dataset import Rows, dataset
 from tuning.data.formats import FORMATS
+from tuning.data.reader import Reader
 from tuning.hub import adapters, checkpoint
 from tuning.methods import METHODS
 from tuning.methods.method import Method, Pace
@@ -73,6 +74,11 @@ class Model:
     def pace(self, name: str) -> Pace:
         """How fast a leaf learns. What is new starts at once, whatever the method says of its place."""
         return Pace() if is_new(self.source, name) else self.method.pace(name)
+
+    @property
+    def reader(self) -> Reader:
+        """How examples are laid out for this model and its method."""
+        return dataclasses.replace(self.source.reader, slots=self.method.slots)
 
     def empty_cache(self, batch: int, slots: int):
         return self.source.config.empty_cache(batch, slots, self.method.cuts)
@@ -194,9 +200,8 @@ def parts(config: Mapping[str, Any]) -> Parts:
     for name, size in pieces.items():
         if size % rows:
             raise ValueError(f"{name}={size} must be a multiple of {rows}, the pieces that the mesh splits a batch into.")
-    reader = dataclasses.replace(source.reader, slots=chosen.slots)
-    train = bind("data.train")(reader, bind("data.train.format")())
-    held_out = bind("data.eval")(reader, bind("data.eval.format")()) if given(c["data"]["eval"]["path"]) else None
+    train = bind("data.train")(built.reader, bind("data.train.format")())
+    held_out = bind("data.eval")(built.reader, bind("data.eval.format")()) if given(c["data"]["eval"]["path"]) else None
     for name, data in (("data.train", train), ("data.eval", held_out)):
         if data is not None and data.length > (room := source.config.max_length - chosen.sites.offset):
             raise ValueError(f"{name}.length={data.length} is more than the {room} positions that the model was made for.")

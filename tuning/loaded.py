@@ -214,7 +214,8 @@ class LoadedModel:
         with jax.set_mesh(self.model.mesh):
             out = generate(
                 net.extend, self.model.empty_cache, self.params, ids, max_new_tokens=max_new_tokens, temperature=temperature,
-                top_k=top_k, top_p=top_p, stop=self.stop, seed=seed, max_length=self.config.max_length, **more,
+                top_k=top_k, top_p=top_p, stop=self.stop, seed=seed, max_length=self.config.max_length - self.model.method.sites.offset,
+                **more,
             )  # fmt: skip
         return [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in out]
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 import tuning
 from tests import runs, tiny
+from tuning.api import evaluate
 from tuning.core import tree
 from tuning.core.types import Batch
 from tuning.decode.generate import generate
@@ -126,6 +127,7 @@ def test_a_run_learns_and_is_loaded_as_it_was(home, tmp_path, name):
     text = "the a the a the"
     begun = next(line["eval/loss"] for line in writer.read(tmp_path / "run" / "metrics.jsonl") if "eval/loss" in line)
     assert final["eval/loss"] < begun - 0.02
+    assert evaluate(model, config)["loss"] == pytest.approx(final["eval/loss"], rel=1e-5)
     ids = np.array([model.tokenizer(text)["input_ids"]])
     logits = np.asarray(model.logits(ids))
     assert logits.shape[:2] == ids.shape
