@@ -6,6 +6,7 @@ VERBS = {
     "train": "tune a model by a config, or go on with a run",
     "evaluate": "measure a model on a data split",
     "generate": "continue prompts",
+    "prompts": "find the prompt after which a model answers best",
     "export": "write a Hugging Face directory or a PEFT adapter",
 }
 USAGE = """usage: tuning VERB [--flag=value ...]

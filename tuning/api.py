@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -183,14 +184,55 @@ def enable_compilation_cache() -> None:
 
 def evaluate(model: LoadedModel, config: Mapping[str, Any], split: str = "eval", batch_size: int = 8) -> dict[str, float]:
     """The measures of the config's objective on its data.eval or data.train, each row read once: loss, nll, perplexity, accuracy."""
+    return _evaluate(model, [config], split, batch_size)[0]
+
+
+def _evaluate(model: LoadedModel, runs: Sequence[Mapping[str, Any]], split: str, batch_size: int) -> list[dict[str, float]]:
+    """The same of configs that differ in their data alone; compiled once."""
+    m, found, compiled = model.model, [], None
+    for config in runs:
+        c = build.resolve(config)
+        bind = functools.partial(configs.bind, build.SECTIONS, c)
+        build.check_objective(m.source, c["objective"]["name"])
+        rows = bind(f"data.{split}")(m.reader, bind(f"data.{split}.format")())
+        compiled = compiled or jax.jit(step.eval_step(m.network.apply, bind("objective")()))
+        with jax.set_mesh(m.mesh):
+            measures = step.evaluate(compiled, model.params, loader.once(rows, batch_size=batch_size, mesh=m.mesh))
+        found.append({**measures, "perplexity": math.exp(min(measures["nll"], 700)), "tokens": rows.report.learned})
+    return found
+
+
+def rank_prompts(
+    model: LoadedModel, config: Mapping[str, Any], prompts: Sequence[str], batch_size: int = 8
+) -> list[tuple[str, dict[str, float]]]:
+    """The prompts with their measures on the config's data.eval, the one with the lowest loss first (discrete prompt search).
+
+    prompts  templates as format.prompt has them, with columns in braces: "Question: {question}\\nAnswer:"
+    ValueError for prompts that are none, or the same twice, and for a format other than pairs.
+    """
+    if not prompts or len(set(prompts)) < len(prompts):
+        raise ValueError(f"There are {len(prompts)} prompts, {len(set(prompts))} of them different. Give some, each once.")
     c = build.resolve(config)
-    bind = functools.partial(configs.bind, build.SECTIONS, c)
-    build.check_objective(model.model.source, c["objective"]["name"])
-    rows = bind(f"data.{split}")(model.model.reader, bind(f"data.{split}.format")())
-    compiled = jax.jit(step.eval_step(model.model.network.apply, bind("objective")()))
-    with jax.set_mesh(model.model.mesh):
-        measures = step.evaluate(compiled, model.params, loader.once(rows, batch_size=batch_size, mesh=model.model.mesh))
-    return {**measures, "perplexity": math.exp(min(measures["nll"], 700)), "tokens": rows.report.learned}
+    if (name := c["data"]["eval"]["format"]["name"]) != "pairs":
+        raise ValueError(f"Prompts are compared by the answers that follow them: data.eval.format.name={name!r} must be 'pairs'.")
+    runs = [configs.override({}, c, {"data.eval.format.prompt": prompt}) for prompt in prompts]
+    measured = _evaluate(model, runs, "eval", batch_size)
+    return sorted(zip(prompts, measured, strict=True), key=lambda pair: pair[1]["loss"])
 
 
-__all__ = ["LoadedModel", "evaluate", "load", "train"]
+def propose_prompts(model: LoadedModel, ask: str, count: int, like: Sequence[str]) -> list[str]:
+    """Up to `count` prompts that the model samples after `ask`: those that are new and name the same columns as the first of `like`.
+
+    ValueError if there is nothing to take the columns from, or if none of what the model says is such a prompt.
+    """
+    if not like:
+        raise ValueError("A proposed prompt must name the columns that the first given one names. Give one.")
+    columns = lambda text: set(re.findall(r"{(\w+)}", text))  # noqa: E731
+    said = [model.generate(ask, max_new_tokens=64, temperature=1.0, seed=seed)[0] for seed in range(count)]
+    found = [text for text in dict.fromkeys(said) if columns(text) == columns(like[0]) and text not in like]
+    if not found:
+        raise ValueError(f"None of {count} proposals names the columns {sorted(columns(like[0]))}; the first was {said[0][:80]!r}.")
+    return found
+
+
+__all__ = ["LoadedModel", "evaluate", "load", "propose_prompts", "rank_prompts", "train"]
