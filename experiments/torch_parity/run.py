@@ -216,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data", type=Path, default=Path(__file__).resolve().parents[3] / "shared/data/gsm8k/train.jsonl", help="gsm8k's train.jsonl"
     )
     p.add_argument("--steps", type=int, default=50)
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = p.parse_args(argv)
     if not args.data.is_file():
         p.error(f"--data={args.data}: no such file. Download train.jsonl of openai/grade-school-math, and say where it is.")
@@ -225,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for tied in (False, True):
             checkpoint = Path(folder) / ("tied" if tied else "untied")
             write_checkpoint(checkpoint, [row[key] for row in rows for key in ("question", "answer")], tied=tied)
-            for method in METHODS:
+            for method in args.methods:
                 # Both ways to make rows, on either kind of head. What peft puts before a row, it puts there once.
                 pack = tied == (method != "full") and method not in ("prompt", "prefix")
                 title = f"{method}, {'packed' if pack else 'padded'} rows, {'tied' if tied else 'untied'} embedding"
