@@ -36,7 +36,7 @@ class Encoder(nnx.Module):
         leaves = {name: getattr(self, name)[...] for name in NAMES}
         return prompt.put(said(leaves), tokens_BT, positions_BT, lookup)
 
-    def table(self, table_VD: jax.Array) -> jax.Array:
+    def output(self, table_VD: jax.Array) -> jax.Array:
         return table_VD
 
 

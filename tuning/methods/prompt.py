@@ -31,7 +31,7 @@ class Prompt(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, lookup: Callable[[jax.Array], jax.Array]) -> jax.Array:
         return put(self.prompt[...], tokens_BT, positions_BT, lookup)
 
-    def table(self, table_VD: jax.Array) -> jax.Array:
+    def output(self, table_VD: jax.Array) -> jax.Array:
         return table_VD
 
 

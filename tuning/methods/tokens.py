@@ -32,7 +32,7 @@ class Rows(nnx.Module):
         rows_BTD = jnp.take(self.rows[...].astype(x_BTD.dtype), same_BTn.argmax(-1), axis=0) * jnp.asarray(self.scale, x_BTD.dtype)
         return jnp.where(same_BTn.any(-1, keepdims=True), rows_BTD, x_BTD)
 
-    def table(self, table_VD: jax.Array) -> jax.Array:
+    def output(self, table_VD: jax.Array) -> jax.Array:
         return table_VD.at[jnp.array(self.ids)].set(self.rows[...].astype(table_VD.dtype))
 
 

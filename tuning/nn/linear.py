@@ -45,7 +45,7 @@ class Embedding(nnx.Module):
 
     def output(self) -> jax.Array:
         """[V, D], as an output reads it that is tied to the embedding."""
-        return self.table[...] if self.adapter is None else self.adapter.table(self.table[...])
+        return self.table[...] if self.adapter is None else self.adapter.output(self.table[...])
 
     def _lookup(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         table_VD = self.table[...]

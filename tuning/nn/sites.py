@@ -74,7 +74,7 @@ class Sites:
             the sublayer and y came out; norm follows the sum, or is None where the sum is not normalised
     memory  what attention looks at: answer() -> keys and values [n, K, H], seen by every token in front of its own sequence
     embed   the embedding: answer(tokens, positions, lookup) -> [B, T, D]; positions are None in a decoder that an encoder stands before.
-            answer.table(table) -> [V, D], what an output that is tied to the embedding reads
+            answer.output(table) -> [V, D], what an output that is tied to the embedding reads
     offset  the position of the first token
     """
 
