@@ -139,18 +139,10 @@ def start_params(m: Model, seed: int) -> Tree:
 def with_adapter(m: Model, params: Tree, directory: Path) -> Tree:
     """The parameters with the values of a PEFT directory in the adapter's leaves, and in those of a head that it brings along."""
     saved = adapters.saved(directory, m.source.table)
-    if any(name.endswith("/attn/adapter/keys") for name in tree.flatten(m.layout)):
-        check_prefix(m.source)
     wanted = {n: x for n, x in tree.flatten(m.layout).items() if "/adapter/" in n or n in ADDED or n in saved}
     values = tree.flatten(adapters.read(directory, tree.unflatten(wanted), m.source.table))
     placed = {name: jax.device_put(values[name], leaf.sharding) for name, leaf in wanted.items()}
     return tree.unflatten({**tree.flatten(params), **placed})
-
-
-def check_prefix(source: Source) -> None:
-    """ValueError where PEFT's prefix means something else: it moves out of a sliding window, and ours is seen from everywhere."""
-    if any(kind.window is not None for kind in source.config.kinds):
-        raise ValueError(f"PEFT's prefix lies inside the sliding window of some layers of {source.path!r}, and here all tokens see it.")
 
 
 def _mean_rows(m: Model, params: Tree, name: str) -> jax.Array:

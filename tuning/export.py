@@ -73,8 +73,6 @@ def _card(m: build.Model, method: Mapping[str, Any], format: str, run: Path | No
 
 def _peft(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path) -> None:
     c, new = m.source.config, not m.source.fresh.isdisjoint(tree.flatten(m.layout))
-    if method["name"] == "prefix":
-        build.check_prefix(m.source)
     leaves, _ = tree.split(
         m.method.bare(params), lambda name: "/adapter/" in name or name in build.ADDED or (new and name.startswith("head/"))
     )

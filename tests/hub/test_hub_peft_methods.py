@@ -218,11 +218,14 @@ def test_a_prompt_for_an_embedding_that_is_scaled(tmp_path, ours, checkpoint_of)
     close(logits(net, net.leaves, tokens), peft_logits(loaded(reference(checkpoint_of("gemma2"), "gemma2"), tmp_path), tokens))
 
 
-def test_a_prefix_of_a_network_with_a_sliding_window_is_refused(tmp_path, checkpoint_of):
-    base = checkpoint_of("mistral")
-    made(reference(base, "mistral"), "PrefixTuning", dict(num_virtual_tokens=5, task_type="CAUSAL_LM"), tmp_path)
-    with pytest.raises(ValueError, match="lies inside the sliding window"):
-        tuning.load(base, adapter=tmp_path)
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
+def test_a_prefix_lies_inside_the_sliding_window_as_for_peft(family, tmp_path, ours, checkpoint_of):
+    net = tuned(ours, checkpoint_of(family), dict(name="prefix", length=5))
+    windows = {kind.window for kind in net.config.kinds}
+    adapters.write(tmp_path, net.leaves, net.table, net.outline, dict(name="prefix", length=5), task_type="CAUSAL_LM")
+    tokens = checkpoints.tokens(2, 30)
+    assert any(window is not None and window < 30 for window in windows)
+    close(logits(net, net.leaves, tokens), peft_logits(loaded(reference(checkpoint_of(family), family), tmp_path), tokens))
 
 
 def test_ia3_tells_berts_two_output_projections_apart(tmp_path, ours, checkpoint_of):

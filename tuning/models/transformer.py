@@ -1,6 +1,6 @@
 """The transformer that decoders and encoders are: GPT-2, Llama, Gemma, Mixtral, BERT and the others are configurations of it.
 
-Shapes: B sequences, T tokens, S keys, D width.
+Shapes: B sequences, T tokens, S keys, D width, n keys of a prefix.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Transformer(nnx.Module):
         batch = dataclasses.replace(batch, positions=batch.positions + self.offset)
         with jax.default_matmul_precision(c.precision):
             x_BTD = self._embed(batch, key)
-            x_BTD, measures, cache = run(c, self, x_BTD, batch.positions, batch.segments, cache, key)
+            x_BTD, measures, cache = run(c, self, x_BTD, batch.positions, batch.segments, cache, key, self.offset)
             if c.head.pool == "mean":
                 x_BTD = mean_of_segments(x_BTD, batch.segments)
             return x_BTD, self.head.bound(self.embed, c.precision, key), measures, cache
@@ -220,21 +220,26 @@ def trunk(c: TransformerConfig, layer: Layer, sites: Sites, cuts: tuple[int, ...
 
 def run(
     c: TransformerConfig, net: Any, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: caches.Cache | None,
-    key: jax.Array | None, **memory: Any,
+    key: jax.Array | None, prefix: int = 0, **memory: Any,
 ) -> tuple[jax.Array, dict[str, Mean], caches.Cache | None]:  # fmt: skip
-    """Through the trunk of `net`; `memory` is what a Context knows of an encoder."""
+    """Through the trunk of `net`; `prefix` keys stand before the tokens, and `memory` is what a Context knows of an encoder."""
     past = cache
     if cache is not None:
         cache = cache.extend(segments_BT, positions_BT)
-    seen = look(c, net.relative, positions_BT, segments_BT, past, cache)
+    seen = look(c, net.relative, positions_BT, segments_BT, past, cache, prefix)
     context = Context(seen, segments_BT != 0, **memory)
     x_BTD, sums, cache = net.blocks(x_BTD, context, keys.fold(key, "blocks"), cache)
     x_BTD = x_BTD if net.norm is None else net.norm(x_BTD)
     return x_BTD, {"balance": moe.balance(sums)} if sums else {}, cache
 
 
-def look(c: TransformerConfig, relative: RelativeBias | None, positions_BT, segments_BT, past: Any, cache: Any) -> dict[Kind, Seen]:
-    """Who sees whom in each kind of layer. Computed once, so that a scan closes over it rather than computing it in every layer."""
+def look(
+    c: TransformerConfig, relative: RelativeBias | None, positions_BT, segments_BT, past: Any, cache: Any, prefix: int
+) -> dict[Kind, Seen]:  # fmt: skip
+    """Who sees whom in each kind of layer. Computed once, so that a scan closes over it rather than computing it in every layer.
+
+    The keys of a prefix have the positions before the first token's: every segment sees them, as far as a layer's window reaches.
+    """
     seen_positions_BS, seen_segments_BS = (positions_BT, segments_BT) if cache is None else (cache.positions, cache.segments)
     distance_BTS = positions_BT[:, :, None] - seen_positions_BS[:, None, :]
     same_BTS = (segments_BT[:, :, None] == seen_segments_BS[:, None, :]) & (seen_segments_BS != 0)[:, None, :]
@@ -252,6 +257,10 @@ def look(c: TransformerConfig, relative: RelativeBias | None, positions_BT, segm
     # While a text grows, its length is what the cache can hold: angles that changed on the way would not fit the keys stored before.
     lengths_BT = lengths_BT if cache is None else jnp.full_like(lengths_BT, seen_positions_BS.shape[1])
     turns = {rope: _angles(c, rope, positions_BT, lengths_BT) for rope in dict.fromkeys(kind.rope for kind in c.kinds)}
+    if prefix:
+        before_BTn = positions_BT[:, :, None] - jnp.arange(prefix)[None, None]
+        distance_BTS = jnp.concatenate([before_BTn, distance_BTS], axis=-1)
+        visible_BTS = jnp.concatenate([jnp.ones_like(before_BTn, bool), visible_BTS], axis=-1)
     near = lambda window: visible_BTS if window is None else visible_BTS & (abs(distance_BTS) < window)  # noqa: E731
     masks = {window: near(window)[:, None] for window in dict.fromkeys(kind.window for kind in c.kinds)}
     return {kind: Seen(masks[kind.window], bias, turns[kind.rope]) for kind in dict.fromkeys(c.kinds)}

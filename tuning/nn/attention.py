@@ -59,7 +59,7 @@ class Shape:
 class Seen:
     """Who sees whom in one kind of layer, and how positions enter.
 
-    mask     [B, 1, T, S], true where a query may look
+    mask     [B, 1, T, S], true where a query may look; S counts the keys of a prefix, which come first
     bias     [N, T, S] float32, added to the scores, or [B, N, 1, S] where only the key matters, or None
     angles   (cos, sin) of the tokens' positions, or None without rotation
     """
@@ -213,7 +213,7 @@ class Attention(nnx.Module):
         if store is not None:
             k, v = store(k, v)
         if self.adapter is not None:
-            k, v, seen = _before(self.adapter(), k, v, seen)
+            k, v = _before(self.adapter(), k, v)
         return self._attend(q, k, v, seen, key)
 
     def memory(self, source_BSD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -251,10 +251,8 @@ class Attention(nnx.Module):
         return self.o(y.reshape(*y.shape[:2], -1), keys.fold(key, f"{self.role}/o"))
 
 
-def _before(memory_nKH, k_BSKH: jax.Array, v_BSKH: jax.Array, seen: Seen) -> tuple[jax.Array, jax.Array, Seen]:
-    """Keys and values with those of a memory before them, which every token sees."""
-    assert seen.bias is None, "What is no token has no distance."
+def _before(memory_nKH: tuple[jax.Array, jax.Array], k_BSKH: jax.Array, v_BSKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [B, n + S, K, H], with those of a memory before them."""
     each = lambda part, y: jnp.broadcast_to(part[None].astype(y.dtype), (y.shape[0], *part.shape))  # noqa: E731
     k, v = (jnp.concatenate([each(part, y), y], axis=1) for part, y in zip(memory_nKH, (k_BSKH, v_BSKH), strict=True))
-    always = jnp.ones((*seen.mask.shape[:3], memory_nKH[0].shape[0]), bool)
-    return k, v, dataclasses.replace(seen, mask=jnp.concatenate([always, seen.mask], axis=-1))
+    return k, v

@@ -72,7 +72,8 @@ class Sites:
     weight  a projection: answer(x [..., D], project, key) -> [..., F], in its place
     branch  a sublayer: answer(residual, y, norm, key) -> [B, T, D], what is added to the residual stream in y's place. residual went into
             the sublayer and y came out; norm follows the sum, or is None where the sum is not normalised
-    memory  what attention looks at: answer() -> keys and values [n, K, H], seen by every token in front of its own sequence
+    memory  what attention looks at: answer() -> keys and values [n, K, H], seen by every token in front of its own sequence, as far
+            as a window reaches; n is the offset
     embed   the embedding: answer(tokens, positions, lookup) -> [B, T, D]; positions are None in a decoder that an encoder stands before.
             answer.output(table) -> [V, D], what an output that is tied to the embedding reads
     offset  the position of the first token
