@@ -36,12 +36,8 @@ def write(
     """
     if format not in ("hf", "peft"):
         raise ValueError(f"--format={format!r} is not one of hf, peft.")
-    if format == "peft" and not adapters.writable(method["name"]):
-        raise ValueError(
-            f"--format=peft writes an adapter that PEFT has too, and this model was tuned by {method['name']!r}. Use --format=hf."
-        )
-    if format == "hf" and not merge and any("/adapter/" in name for name in tree.flatten(params)):
-        raise ValueError("--format=hf holds no adapter: add --merge to fold it into the weights, or use --format=peft.")
+    if format == "peft":
+        adapters.type_of(method["name"])
     if format == "hf" and m.method.fold is None:
         raise ValueError(f"What {method['name']!r} adds cannot be folded into the weights. Use --format=peft, or load the run as it is.")
     directory.mkdir(parents=True, exist_ok=True)

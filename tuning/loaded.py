@@ -70,8 +70,6 @@ def load(
             if missing := source.fresh.intersection(outline.leaves).difference(saved):
                 raise ValueError(f"Neither {source.path} nor the adapter in {directory} has the head's {', '.join(sorted(missing))}.")
             source = dataclasses.replace(source, config=source.config.replace(added=added))
-            if method["name"] not in METHODS:
-                raise ValueError(f"{directory} holds an adapter of method {method['name']!r}; there are {', '.join(METHODS)}.")
             settings = {key: value for key, value in method.items() if key != "name"}
             m = build.model(source, METHODS[method["name"]](outline, **settings), where, masters=dtype)
             params = build.with_adapter(m, build.base_params(m, lambda name: True, 0), directory)

@@ -77,7 +77,7 @@ def write(
     In a run of several processes every one must call it; the first one writes.
     """
     flat = {name: value if isinstance(value, np.ndarray) else mesh.gather(value) for name, value in tree.flatten(leaves).items()}
-    peft_type = _type_of(method["name"])
+    peft_type = type_of(method["name"])
     kind = KINDS[peft_type]
     task_type = (task_type or "FEATURE_EXTRACTION") if kind.pack else task_type
     tensors = _tensors(kind, flat, table, 2 if task_type == "SEQ_2_SEQ_LM" else 1, copies)
@@ -217,17 +217,14 @@ def _value(directory: Path, raw: Mapping[str, Any], key: str, default: Any) -> A
     return type(default)(value)
 
 
-def _type_of(method: str) -> str:
-    """The peft_type of a method."""
+def type_of(method: str) -> str:
+    """The peft_type of a method. ValueError if PEFT has none that can be written."""
     found = {kind.method: peft_type for peft_type, kind in KINDS.items()}
     if method not in found:
-        raise ValueError(f"PEFT has no adapter of method {method!r} that can be written; it has those of {', '.join(found)}.")
+        raise ValueError(
+            f"PEFT has no adapter of method {method!r} that can be written; it has those of {', '.join(found)}. Use --format=hf."
+        )
     return found[method]
-
-
-def writable(method: str) -> bool:
-    """Whether a method's leaves can be written."""
-    return any(kind.method == method for kind in KINDS.values())
 
 
 # Leaves and tensors.

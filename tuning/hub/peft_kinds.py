@@ -13,6 +13,7 @@ import numpy as np
 
 from tuning.hub.names import Table
 from tuning.methods import kernels
+from tuning.methods.ia3 import inside
 from tuning.nn import stack
 from tuning.nn.sites import Site
 
@@ -206,16 +207,12 @@ def _hear_lora(raw: Config, roles: Sequence[str], net: Projections) -> dict[str,
 # IA3: what is scaled, a projection's input or its output.
 
 
-def _inside(role: str) -> bool:
-    return role.endswith("mlp/down")
-
-
 def _hear_ia3(raw: Config, roles: Sequence[str], net: Projections) -> dict[str, Any]:
     said = raw.get("feedforward_modules")
     for role in roles:
         for module in net.paths(role):
-            if (said is not None and ends(module, said)) != _inside(role):
-                side = "input" if _inside(role) else "output"
+            if (said is not None and ends(module, said)) != inside(role):
+                side = "input" if inside(role) else "output"
                 raise ValueError(f"{CONFIG}: feedforward_modules={said!r}: the factors of {module} ({role}) are for its {side} here.")
     return {}
 
@@ -301,9 +298,9 @@ KINDS: dict[str, Kind] = {
     ),
     "IA3": Kind(
         "ia3", {},
-        {"scale": Part("ia3_l", lambda x, role: x[None] if _inside(role) else x[:, None], np.ravel)},
+        {"scale": Part("ia3_l", lambda x, role: x[None] if inside(role) else x[:, None], np.ravel)},
         said=(*TARGETS, "feedforward_modules"), inert=("init_ia3_weights",), constant={"init_ia3_weights": True},
-        tell=lambda method, roles, net, leaves: {"feedforward_modules": spell(filter(_inside, roles), net, ends)}, hear=_hear_ia3,
+        tell=lambda method, roles, net, leaves: {"feedforward_modules": spell(filter(inside, roles), net, ends)}, hear=_hear_ia3,
     ),
     "LOHA": Kind(
         "loha", {"r": ("rank", 8), "alpha": ("alpha", 8.0)}, {name: Part(f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b")},

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tuning.methods.method import Method
+from tuning.methods.method import Method, added
 from tuning.nn.linear import fan_in
 from tuning.nn.mlp import ACTIVATIONS
 from tuning.nn.norm import Norm
@@ -63,4 +63,4 @@ def bottleneck(outline: Outline, *, width: int = 64, place: str = "pfeiffer", ac
         there = place == "houlsby" or site.role.endswith("mlp")
         return Adapter(site, width, place, activation, scale, rngs) if there else None
 
-    return Method(tuned=lambda name: "/adapter/" in name, sites=Sites(branch=branch), fold=None)
+    return Method(tuned=added, sites=Sites(branch=branch), fold=None)

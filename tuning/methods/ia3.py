@@ -11,17 +11,23 @@ from flax import nnx
 
 from tuning.core import tree
 from tuning.core.types import Tree
-from tuning.methods.method import Method
-from tuning.nn.sites import Outline, Project, Site, Sites, along_last
+from tuning.methods import kernels
+from tuning.methods.method import Method, added
+from tuning.nn.sites import Outline, Project, Site, along_last
 
 DEFAULT = ("k", "v", "qkv", "down")
+
+
+def inside(role: str) -> bool:
+    """Whether what the projection reads is scaled, and not what it says."""
+    return role.endswith("mlp/down")
 
 
 class Factors(nnx.Module):
     """project(x) * s, or project(x * s) on the feed-forward layer's way down. s starts at one, so the network starts at its base."""
 
     def __init__(self, site: Site):
-        self.inside = site.role.endswith("mlp/down")
+        self.inside = inside(site.role)
         side = 0 if self.inside else 1
         self.scale = nnx.Param(jnp.ones(site.shape[side]), out_sharding=(site.axes[side],))
 
@@ -35,17 +41,15 @@ class Factors(nnx.Module):
 def ia3(outline: Outline, *, targets: tuple[str, ...] = ()) -> Method:
     """Factors at the sites that `targets` name, as for LoRA: on what a projection says or, on the feed-forward layer's way down, on what it
     reads. By default keys, values (all of a fused `qkv`) and the way down, as published."""
-    roles = outline.chosen(targets or [t for t in DEFAULT if any(site.matches(t) for site in outline.sites)])
+    sites = kernels.chosen(outline, targets or [t for t in DEFAULT if any(site.matches(t) for site in outline.sites)])
 
     def fold(params: Tree) -> Tree:
         leaves = tree.flatten(params)
-        for name in [n for n in leaves if n.endswith("/adapter/scale")]:
-            place, scale = name.removesuffix("/adapter/scale"), leaves.pop(name)
-            inside = place.endswith("mlp/down")
-            factors = {"kernel": scale[..., :, None]} if inside else {"kernel": scale[..., None, :], "bias": scale}
+        for place, role, own in kernels.adapters(leaves):
+            scale = own["scale"]
+            factors = {"kernel": scale[..., :, None]} if inside(role) else {"kernel": scale[..., None, :], "bias": scale}
             for leaf, factor in ((f"{place}/{part}", factor) for part, factor in factors.items() if f"{place}/{part}" in leaves):
                 leaves[leaf] = (leaves[leaf].astype(jnp.float32) * factor).astype(leaves[leaf].dtype)
-        return tree.unflatten(leaves)
+        return tree.unflatten({name: leaf for name, leaf in leaves.items() if not added(name)})
 
-    weight = lambda site, rngs: Factors(site) if site.role in roles else None  # noqa: E731
-    return Method(tuned=lambda name: "/adapter/" in name, sites=Sites(weight=weight), fold=fold)
+    return Method(tuned=added, sites=kernels.answered(sites, lambda site, rngs: Factors(site)), fold=fold)

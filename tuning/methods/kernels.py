@@ -11,26 +11,29 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from tuning.core import tree
 from tuning.core.types import Tree
+from tuning.methods.method import added
 from tuning.nn import stack
-from tuning.nn.sites import Outline, Site
+from tuning.nn.sites import Outline, Site, Sites
 
 Leaves = dict[str, jax.Array]  # an adapter's, by the last part of their names
 # (role, kernel [L, D, F], its adapter's leaves [L, ...]) -> the kernel that gives the same outputs without an adapter; all float32
 Adapted = Callable[[str, jax.Array, Leaves], jax.Array]
 
 
-def tuned(name: str) -> bool:
-    """Whether a leaf is an adapter's."""
-    return "/adapter/" in name
-
-
 def chosen(outline: Outline, targets: Sequence[str]) -> tuple[Site, ...]:
     """The sites that targets name: roles (`q`, `mlp/down`), regular expressions for whole roles, or `all`. ValueError if one names none."""
     roles = outline.chosen([".*" if target == "all" else target for target in targets])
     return tuple(site for site in outline.sites if site.role in roles)
+
+
+def answered(sites: Sequence[Site], make: Callable[[Site, nnx.Rngs], nnx.Module]) -> Sites:
+    """What `make` makes at the chosen sites."""
+    roles = {site.role for site in sites}
+    return Sites(weight=lambda site, rngs: make(site, rngs) if site.role in roles else None)
 
 
 def by_role(key: str, default: float, said: Sequence[str], sites: Sequence[Site], kind: type = float) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def check(*, rank: int, alpha: float = 1.0, dropout: float = 0.0) -> None:
 
 def adapters(leaves: dict[str, Any]) -> Iterator[tuple[str, str, Leaves]]:
     """(name of the projection, its role, leaves of its adapter) of every projection that has one, from the network's leaves by name."""
-    for place in dict.fromkeys(name.partition("/adapter/")[0] for name in leaves if tuned(name)):
+    for place in dict.fromkeys(name.partition("/adapter/")[0] for name in leaves if added(name)):
         start = f"{place}/adapter/"
         yield place, stack.apart(place)[0], {n.removeprefix(start): x for n, x in leaves.items() if n.startswith(start)}
 
@@ -85,4 +88,4 @@ def fold(params: Tree, adapted: Adapted) -> Tree:
         own = {name: x.astype(jnp.float32) for name, x in own.items()}
         with jax.default_matmul_precision("highest"):
             leaves[f"{place}/kernel"] = adapted(role, kernel.astype(jnp.float32), own).astype(kernel.dtype)
-    return tree.unflatten({name: leaf for name, leaf in leaves.items() if not tuned(name)})
+    return tree.unflatten({name: leaf for name, leaf in leaves.items() if not added(name)})

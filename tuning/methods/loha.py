@@ -13,8 +13,8 @@ from flax import nnx
 
 from tuning.methods import kernels
 from tuning.methods.kernels import Leaves
-from tuning.methods.method import Method
-from tuning.nn.sites import Outline, Project, Site, Sites, matmul
+from tuning.methods.method import Method, added
+from tuning.nn.sites import Outline, Project, Site, matmul
 
 
 class Hadamard(nnx.Module):
@@ -45,13 +45,10 @@ def loha(outline: Outline, *, rank: int = 8, alpha: float = 8.0, targets: tuple[
     A site has twice the parameters of a LoRA of the same rank.
     """
     kernels.check(rank=rank, alpha=alpha)
-    roles = {site.role for site in kernels.chosen(outline, targets)}
     scale = alpha / rank
-
-    def weight(site: Site, rngs: nnx.Rngs) -> Hadamard | None:
-        return Hadamard(site, rank, scale, rngs) if site.role in roles else None
+    sites = kernels.answered(kernels.chosen(outline, targets), lambda site, rngs: Hadamard(site, rank, scale, rngs))
 
     def adapted(role: str, kernel_LDF: jax.Array, own: Leaves) -> jax.Array:
         return kernel_LDF + scale * change(own)
 
-    return Method(tuned=kernels.tuned, sites=Sites(weight=weight), fold=functools.partial(kernels.fold, adapted=adapted))
+    return Method(tuned=added, sites=sites, fold=functools.partial(kernels.fold, adapted=adapted))

@@ -13,8 +13,8 @@ from flax import nnx
 
 from tuning.methods import kernels
 from tuning.methods.kernels import Leaves
-from tuning.methods.method import Method
-from tuning.nn.sites import Outline, Project, Site, Sites, matmul
+from tuning.methods.method import Method, added
+from tuning.nn.sites import Outline, Project, Site, matmul
 
 
 class Kronecker(nnx.Module):
@@ -83,14 +83,12 @@ def lokr(
     kernels.check(rank=rank, alpha=alpha)
     if factor < 1 and factor != -1:
         raise ValueError(f"method.factor={factor}: it is a number of pieces, at least 1, or -1 to split widths as evenly as possible.")
-    roles = {site.role for site in kernels.chosen(outline, targets)}
     scale = alpha / rank
-
-    def weight(site: Site, rngs: nnx.Rngs) -> Kronecker | None:
-        return Kronecker(site, rank, scale, factor, decompose_both, rngs) if site.role in roles else None
+    make = lambda site, rngs: Kronecker(site, rank, scale, factor, decompose_both, rngs)  # noqa: E731
+    sites = kernels.answered(kernels.chosen(outline, targets), make)
 
     def adapted(role: str, kernel_LDF: jax.Array, own: Leaves) -> jax.Array:
         w1_LMP, w2_LNQ = factors(own)
         return kernel_LDF + scale * jnp.einsum("lmp,lnq->lmnpq", w1_LMP, w2_LNQ).reshape(kernel_LDF.shape)
 
-    return Method(tuned=kernels.tuned, sites=Sites(weight=weight), fold=functools.partial(kernels.fold, adapted=adapted))
+    return Method(tuned=added, sites=sites, fold=functools.partial(kernels.fold, adapted=adapted))

@@ -17,9 +17,9 @@ from tuning.core import tree
 from tuning.core.types import Tree
 from tuning.methods import kernels
 from tuning.methods.kernels import Leaves
-from tuning.methods.method import Method, Pace
+from tuning.methods.method import Method, Pace, added
 from tuning.nn.dropout import dropout as drop
-from tuning.nn.sites import Outline, Project, Site, Sites, along_last, matmul
+from tuning.nn.sites import Outline, Project, Site, along_last, matmul
 
 Pair = tuple[jax.Array, jax.Array]  # A [D, R] and B [R, F]
 
@@ -142,9 +142,8 @@ def lora(
         raise ValueError(f"method.b_rate={b_rate}: it multiplies the learning rate, and is positive.")
     _check_init(init, rank_of, sites)
 
-    def weight(site: Site, rngs: nnx.Rngs) -> LowRank | None:
-        role = site.role
-        return LowRank(site, rank_of[role], scale_of[role], dropout, init, dora, rngs) if role in rank_of else None
+    def make(site: Site, rngs: nnx.Rngs) -> LowRank:
+        return LowRank(site, rank_of[site.role], scale_of[site.role], dropout, init, dora, rngs)
 
     def adapted(role: str, kernel_LDF: jax.Array, own: Leaves) -> jax.Array:
         whole_LDF = whole(kernel_LDF, own, scale_of[role])
@@ -154,8 +153,8 @@ def lora(
         return Pace(rate={"b": b_rate, "a0": 0.0, "b0": 0.0}.get(name.rpartition("/adapter/")[2], 1.0))
 
     return Method(
-        tuned=kernels.tuned,
-        sites=Sites(weight=weight),
+        tuned=added,
+        sites=kernels.answered(sites, make),
         start=functools.partial(_start, init, dora, scale_of) if dora or init in FROM_KERNEL else Method.start,
         fold=functools.partial(kernels.fold, adapted=adapted),
         pace=pace,

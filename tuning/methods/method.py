@@ -10,6 +10,11 @@ from tuning.core.types import Tree
 from tuning.nn.sites import NOTHING, Sites
 
 
+def added(name: str) -> bool:
+    """Whether the leaf of this name is one that a method added."""
+    return "/adapter/" in name
+
+
 class Pace(NamedTuple):
     """How fast a leaf learns.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from tuning.methods.method import Method
+from tuning.methods.method import Method, added
 from tuning.nn.sites import Outline, Site, Sites
 
 
@@ -37,4 +37,4 @@ def prefix(outline: Outline, *, length: int = 20, scale: float = 0.02) -> Method
             "Prefix tuning needs attention whose positions are rotary or learned; this model's has none, or a bias by distance."
         )
     memory = lambda site, rngs: Prefix(site, length, scale, rngs)  # noqa: E731
-    return Method(tuned=lambda name: "/adapter/" in name, sites=Sites(memory=memory, offset=length), fold=None)
+    return Method(tuned=added, sites=Sites(memory=memory, offset=length), fold=None)

@@ -57,15 +57,16 @@ def prompt(outline: Outline, *, length: int = 20, init: str = "vocabulary", text
     if bool(text) != (init == "text"):
         raise ValueError(f"method.text={text!r} goes with init='text', and init={init!r}. Set both or neither.")
 
-    scale = outline.embeds[0].scale
+    site = outline.embeds[0]
+    ids = tokens(outline, length, text, site.shape[0], seed)
 
     def start(params: Tree) -> Tree:
         leaves = tree.flatten(params)
         table_VD = leaves["embed/table"]
         if init == "random":
-            rows_nD = leaves[LEAF] * table_VD.astype(jnp.float32).std() * scale
+            rows_nD = leaves[LEAF] * table_VD.astype(jnp.float32).std() * site.scale
         else:
-            rows_nD = table_VD[jnp.asarray(tokens(outline, length, text, table_VD.shape[0], seed))] * scale
+            rows_nD = table_VD[jnp.asarray(ids)] * site.scale
         return tree.unflatten({**leaves, LEAF: jax.device_put(rows_nD.astype(leaves[LEAF].dtype), leaves[LEAF].sharding)})
 
     embed = lambda site, rngs: Prompt(site, length, rngs)  # noqa: E731

@@ -16,9 +16,9 @@ from flax import nnx
 
 from tuning.methods import kernels
 from tuning.methods.kernels import Leaves
-from tuning.methods.method import Method
+from tuning.methods.method import Method, added
 from tuning.nn.dropout import dropout as drop
-from tuning.nn.sites import Outline, Project, Site, Sites, along_last, matmul
+from tuning.nn.sites import Outline, Project, Site, along_last, matmul
 
 
 class Shared(NamedTuple):
@@ -68,15 +68,12 @@ def vera(
     """
     kernels.check(rank=rank, dropout=dropout)
     sites = kernels.chosen(outline, targets)
-    roles = {site.role for site in sites}
     shared = Shared(max(site.shape[0] for site in sites), max(site.shape[1] for site in sites), rank, projection_seed)
-
-    def weight(site: Site, rngs: nnx.Rngs) -> Vectors | None:
-        return Vectors(site, shared, d_initial, dropout) if site.role in roles else None
 
     def adapted(role: str, kernel_LDF: jax.Array, own: Leaves) -> jax.Array:
         a_DR, b_RF = shared.draw()
         _, D, F = kernel_LDF.shape
         return kernel_LDF + (a_DR[None, :D] * own["lambda_d"][:, None]) @ (b_RF[None, :, :F] * own["lambda_b"][:, None])
 
-    return Method(tuned=kernels.tuned, sites=Sites(weight=weight), fold=functools.partial(kernels.fold, adapted=adapted))
+    places = kernels.answered(sites, lambda site, rngs: Vectors(site, shared, d_initial, dropout))
+    return Method(tuned=added, sites=places, fold=functools.partial(kernels.fold, adapted=adapted))

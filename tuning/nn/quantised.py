@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tuning.core import mesh
+from tuning.nn.sites import matmul
 
 SCALES = 256  # scales that share a step, where the scales are quantised too
 
@@ -127,13 +128,13 @@ def product(x: jax.Array, q: Quantised, split: tuple[str | None, ...] = ()) -> j
     split  the logical axes over which the kernel is split while it multiplies; what they leave whole is gathered as codes. By default
            XLA decides, and gathers values.
     """
-    return _matmul(x, dequantise(_gathered(q, split), x.dtype))
+    return matmul(x, dequantise(_gathered(q, split), x.dtype))
 
 
 def _product_backward(split: tuple[str | None, ...], q: Quantised, dy: jax.Array) -> tuple[jax.Array, None]:
     # Without a barrier XLA sees that the forward pass computed the same kernel, and keeps that one.
     q, dy = jax.lax.optimization_barrier((q, dy))
-    return _matmul(dy, dequantise(_gathered(q, split), dy.dtype).T), None
+    return matmul(dy, dequantise(_gathered(q, split), dy.dtype).T), None
 
 
 product.defvjp(lambda x, q, split: (product(x, q, split), q), _product_backward)
@@ -217,7 +218,3 @@ def _single(scales: Scales) -> jax.Array:
 def _spread(steps_NS: jax.Array, outputs: int) -> jax.Array:
     """The step of each scale, [N, F]."""
     return jnp.repeat(steps_NS, SCALES, axis=1)[:, :outputs]
-
-
-def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
