@@ -15,6 +15,7 @@ from tuning.models.heads import HeadConfig
 from tuning.models.recurrent import RecurrentConfig
 from tuning.models.transformer import TransformerConfig
 from tuning.nn.block import Kind
+from tuning.nn.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Source:
     adapter    a PEFT directory to start the method from, or None
     path       what the user wrote, for records
     fresh      the leaves of a head that the checkpoint does not have: they learn under every method
+    storage    what the kernels in its layers are kept as where they do not learn; None for arrays
     """
 
     config: Architecture
@@ -37,6 +39,7 @@ class Source:
     path: str = ""
     revision: str | None = None
     fresh: frozenset[str] = frozenset()
+    storage: Storage | None = None
 
     @property
     def table(self) -> Table:
@@ -67,6 +70,10 @@ def pretrained(
     dtype: str = "float32",
     precision: str = "highest",
     remat: str = "none",
+    quantise: str = "",
+    quantise_block: int = 64,
+    quantise_scales: bool = True,
+    quantise_except: tuple[str, ...] = (),
 ) -> Source:
     """A published model: a local folder, or a hub id.
 
@@ -81,6 +88,10 @@ def pretrained(
     dtype         of the computation and of frozen weights; tuned leaves and optimiser state are float32
     precision     of float32 matmuls on GPU and TPU: "highest" is exact, "default" is faster
     remat         what the backward pass keeps: "none" (everything), "dots" (matmul results), "full" (each layer's input)
+    quantise      what the kernels in layers are kept as that do not learn: "nf4" (QLoRA: Dettmers et al., 2023, arXiv:2305.14314), "int4",
+                  "int8", or "" for arrays of `dtype`
+    quantise_block, quantise_scales  values that share a scale, and whether the scales are quantised too ("double quantisation")
+    quantise_except  `target=kind`, as in ("mlp/down=int8", "attn/.*=none"): other kinds for the projections named; the first match counts
     """
     directory = files.resolve(path, revision)
     published = checkpoint.read_config(directory)
@@ -93,17 +104,28 @@ def pretrained(
     config = families.config_from(published)
     fresh -= {"head/kernel"} if config.tied and config.head.output == "vocabulary" else frozenset()
     if added_tokens:
-        if words is None:
-            raise ValueError(f"model.added_tokens={added_tokens}, but {directory} has no tokenizer to add them to.")
-        first = len(words)
-        count = words.add_tokens(list(added_tokens), special_tokens=True)
-        if count != len(added_tokens):
-            raise ValueError(f"model.added_tokens={added_tokens}: {len(added_tokens) - count} of them are tokens already.")
-        config = config.replace(added=(first, count))
+        config = config.replace(added=_add(added_tokens, words, directory))
     config = config.replace(dtype=dtype, precision=precision, remat=remat)
     if dropout is not None:
         config = config.with_dropout(dropout)
-    return Source(config, words, directory, published, files.resolve(adapter) if adapter else None, path, revision, fresh)
+    if quantise_except and not quantise:
+        raise ValueError(
+            f"model.quantise_except={quantise_except}: they are exceptions from model.quantise, which is not set. Set it to nf4."
+        )
+    storage = Storage(quantise, quantise_block, quantise_scales, tuple(quantise_except)) if quantise else None
+    adapted = files.resolve(adapter) if adapter else None
+    return Source(config, words, directory, published, adapted, path, revision, fresh, storage)
+
+
+def _add(tokens: tuple[str, ...], words: Any, directory: Path) -> tuple[int, int]:
+    """Adds tokens to the tokenizer; (id of the first, how many)."""
+    if words is None:
+        raise ValueError(f"model.added_tokens={tokens}, but {directory} has no tokenizer to add them to.")
+    first = len(words)
+    count = words.add_tokens(list(tokens), special_tokens=True)
+    if count != len(tokens):
+        raise ValueError(f"model.added_tokens={tokens}: {len(tokens) - count} of them are tokens already.")
+    return first, count
 
 
 def decoder(

@@ -11,6 +11,7 @@ from tuning import api, build
 from tuning.core import config as configs
 from tuning.core import tree
 from tuning.data.dataset import preview
+from tuning.nn.quantised import Quantised
 from tuning.training.progress import console
 
 
@@ -23,7 +24,7 @@ def show(parts: build.Parts) -> None:
     shape = (parts.settings.batch_size, parts.train.length)
     pieces = f", in {parts.settings.accumulate} microbatches" if parts.settings.accumulate > 1 else ""
     console.print(f"batch: {shape[0]} x {shape[1]} tokens{pieces}; {len(parts.train):,} rows, {parts.settings.steps:,} steps = "
-                  f"{parts.settings.steps * shape[0] / len(parts.train):.2f} epochs")  # fmt: skip
+                  f"{parts.settings.steps * shape[0] * parts.sources[0][2] / len(parts.train):.2f} epochs")  # fmt: skip
     console.print("\nfirst row, learned tokens between « and »:", markup=False)
     console.print(preview(parts.train, parts.model.source.tokenizer), markup=False)
     console.print("\nDry run: nothing was compiled, loaded or written.")
@@ -36,7 +37,8 @@ def parameters(m: build.Model) -> Table:
     for name, leaf in leaves.items():
         place = re.sub(r"(^|/)blocks/[\dx-]+/", r"\1blocks/*/", name)
         spec = tuple(leaf.sharding.spec)
-        groups.setdefault((place, "tuned" if m.tuned(name) else "frozen", str(leaf.dtype), spec), []).append(name)
+        dtype = leaf.kind if isinstance(leaf, Quantised) else str(leaf.dtype)
+        groups.setdefault((place, "tuned" if m.tuned(name) else "frozen", dtype, spec), []).append(name)
     table = Table("leaf", "shape", "count", "MiB", "dtype", "sharding", "")
     for (place, state, dtype, spec), names in groups.items():
         count = sum(math.prod(leaves[n].shape) for n in names)

@@ -66,6 +66,8 @@ def bind(part: Part, settings: Mapping[str, Any], where: str) -> Part:
 # What other tools call a key: it only feeds the suggestion, it is never accepted in the key's place.
 ELSEWHERE = {
     "model_name_or_path": "model.path", "base_model": "model.path", "torch_dtype": "model.dtype", "gradient_checkpointing": "model.remat",
+    "load_in_4bit": "model.quantise", "load_in_8bit": "model.quantise", "quantization_bit": "model.quantise",
+    "bnb_4bit_quant_type": "model.quantise", "bnb_4bit_use_double_quant": "model.quantise_scales", "loftq_config": "method.init",
     "lora_r": "method.rank", "r": "method.rank", "lora_rank": "method.rank", "lora_alpha": "method.alpha",
     "lora_dropout": "method.dropout", "lora_target_modules": "method.targets", "target_modules": "method.targets",
     "lora_target": "method.targets", "use_rslora": "method.rank_stabilized", "finetuning_type": "method.name",

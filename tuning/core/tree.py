@@ -57,8 +57,8 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def size(tree: Tree) -> int:
-    """Number of elements in all leaves."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    """Number of elements in all leaves; of a kernel in codes, those of the kernel."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree, is_leaf=lambda x: hasattr(x, "shape")))
 
 
 def nbytes(tree: Tree) -> int:

@@ -98,4 +98,6 @@ class Forward(Protocol):
 class Loss(Protocol):
     """An objective: the entry `loss` is lowered, the others are watched."""
 
-    def __call__(self, forward: Forward, batch: Batch, /) -> dict[str, Mean]: ...
+    def __call__(self, forward: Forward, batch: Batch, base: Forward | None = None, /) -> dict[str, Mean]:
+        """`base` is the model as it was before it was tuned; an objective that does not compare with it never calls it."""
+        ...

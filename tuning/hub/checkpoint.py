@@ -52,6 +52,7 @@ def load(
     dtype_of: Callable[[str], Any],
     raw: Mapping[str, Any],
     wanted: Callable[[str], bool] = lambda name: True,
+    store: Callable[[str], slices.Store | None] = lambda name: None,
 ) -> Tree:
     """The parameters of a checkpoint, each leaf read straight into its shards: this process reads only the slices it keeps.
 
@@ -61,6 +62,7 @@ def load(
     dtype_of   the dtype to keep a leaf in, from its name
     raw        its config.json
     wanted     whether the leaf of this name is read; all are checked
+    store      what to keep of the leaf of this name, as slices.read has it
 
     ValueError that lists all tensors that are missing, unexpected or of another shape.
     """
@@ -72,7 +74,7 @@ def load(
     tensors = opened(directory, raw)
     _check(tensors, places, want, raw)
     chosen = [name for name in want if wanted(name)]
-    return tree.unflatten({n: slices.read(tensors, places[n], want[n].shape, where[n], np.dtype(dtype_of(n))) for n in chosen})
+    return tree.unflatten({n: slices.read(tensors, places[n], want[n].shape, where[n], np.dtype(dtype_of(n)), store(n)) for n in chosen})
 
 
 def opened(directory: Path, raw: Mapping[str, Any]) -> Tensors:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,15 @@ from tuning.hub.names import Place
 SMALL_BYTES = 2**20
 
 Index = tuple[slice, ...]
+Store = Callable[[jax.Array], Any]  # a part of a leaf -> a tree of what is kept, its arrays with the same leading axes, in their shards
 
 
-def read(tensors: Tensors, place: Place, shape: Sequence[int], sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
+def read(
+    tensors: Tensors, place: Place, shape: Sequence[int], sharding: NamedSharding, dtype: np.dtype, store: Store | None = None
+) -> Any:  # fmt: skip
     """The leaf at `place`, cast to `dtype`. Each process reads only the slices of its own devices, and each of them once.
+
+    store  what to keep of it in its place: it is given some of the file's tensors at a time, [1, ..., D, F]
 
     In a run of several processes all must call it, in the same order. ValueError if a tensor in the file has another shape than the leaf.
     """
@@ -35,7 +41,8 @@ def read(tensors: Tensors, place: Place, shape: Sequence[int], sharding: NamedSh
     if wrong := [name for name in place.tensors if tensors.shape(name) != expected]:
         raise ValueError(f"{wrong[0]} has the shape {tensors.shape(wrong[0])} in {tensors.directory}, and its leaf needs {expected}.")
     if math.prod(shape) * dtype.itemsize < SMALL_BYTES:
-        return _array(shape, sharding, lambda index: _values(tensors.read, place, index, dtype))
+        leaf = _array(shape, sharding, lambda index: _values(tensors.read, place, index, dtype))
+        return leaf if store is None else store(leaf)
     # To widen is exact everywhere, so it is left to the devices and fewer bytes travel; what rounds is done by numpy, slice by slice.
     held, *others = {tensors.dtype(name) for name in place.tensors}
     sent = held if not others and np.can_cast(held, dtype) else dtype
@@ -49,10 +56,13 @@ def read(tensors: Tensors, place: Place, shape: Sequence[int], sharding: NamedSh
 
         return _array((*pieces, *shape[lead:]), sharding, values)
 
-    leaf = _zeros(shape, dtype, sharding)  # and never a part itself: on a CPU that could be the file's own memory
+    leaf = None
     for at in np.ndindex(*local):
-        leaf = _put(leaf, part(at), np.array(at, np.int32), sharding)
-        leaf.block_until_ready()  # so that this tensor's memory is free before the next one is read
+        new = part(at) if store is None else store(part(at).astype(dtype))
+        if leaf is None:  # zeros, and never a part itself: on a CPU that could be the file's own memory
+            leaf = jax.tree.map(lambda x: _zeros((*shape[:lead], *x.shape[lead:]), dtype if store is None else x.dtype, x.sharding), new)
+        leaf = jax.tree.map(lambda whole, x: _put(whole, x, np.array(at, np.int32), whole.sharding), leaf, new)  # noqa: B023
+        jax.block_until_ready(leaf)  # so that this tensor's memory is free before the next one is read
     return leaf
 
 

@@ -16,15 +16,15 @@ small = nnx.initializers.normal(0.02)
 
 
 class Linear(nnx.Module):
-    """x W + b with W [in, out], or what the method answers in its place."""
+    """x W + b with W [in, out], stored in any way; or what the method answers in its place."""
 
     def __init__(self, site: Site, sites: Sites, rngs: nnx.Rngs, *, bias: bool = False):
         self.kernel = nnx.Param(fan_in(rngs.params(), site.shape), out_sharding=site.axes)
         self.bias = nnx.Param(jnp.zeros(site.shape[1]), out_sharding=site.axes[1:]) if bias else None
-        self.adapter = sites.weight(site, rngs)
+        self.adapter, self.axes = sites.weight(site, rngs), site.axes
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        project = Project(self.kernel[...], None if self.bias is None else self.bias[...])
+        project = Project(self.kernel.get_value(), None if self.bias is None else self.bias[...], self.axes)
         return project(x) if self.adapter is None else self.adapter(x, project, key)
 
 
@@ -42,10 +42,6 @@ class Embedding(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
         lookup = lambda tokens: self._lookup(tokens, dtype) * jnp.asarray(self.scale, dtype)  # noqa: E731
         return lookup(tokens_BT) if self.adapter is None else self.adapter(tokens_BT, positions_BT, lookup)
-
-    def output(self) -> jax.Array:
-        """[V, D], as an output reads it that is tied to the embedding."""
-        return self.table[...] if self.adapter is None else self.adapter.output(self.table[...])
 
     def _lookup(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         table_VD = self.table[...]

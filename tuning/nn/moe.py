@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from tuning.core import keys, mesh
 from tuning.core.types import Mean
+from tuning.nn import weight
 from tuning.nn.linear import Linear
 from tuning.nn.mlp import ACTIVATIONS
 from tuning.nn.sites import NOTHING, Site
@@ -25,7 +26,7 @@ per_expert = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal"
 
 
 class Experts(nnx.Module):
-    """One projection of every expert: kernel [E, in, out]."""
+    """One projection of every expert: kernel [E, in, out], stored in any way."""
 
     def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str, str], rngs: nnx.Rngs):
         self.kernel = nnx.Param(per_expert(rngs.params(), shape), out_sharding=axes)
@@ -55,7 +56,7 @@ class MoE(nnx.Module):
     def __call__(self, x_BTD: jax.Array, real_BT: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Sums]:
         """y_BTD, and sums over the tokens that are `real` (not padding) for `balance`: chosen_E, probability_E, tokens."""
         logits_BTE = self.router(x_BTD.astype(jnp.float32), keys.fold(key, "mlp/router"))
-        kernels = [experts.kernel[...].astype(x_BTD.dtype) for experts in (self.gate, self.up, self.down)]
+        kernels = [weight.cast(experts.kernel.get_value(), x_BTD.dtype) for experts in (self.gate, self.up, self.down)]
         settings = self.per_token, self.normalize, self.activation
         return spread(settings, x_BTD, logits_BTE, real_BT, *kernels)
 
@@ -83,19 +84,26 @@ def spread(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD) -> 
         return route(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD)
     rows = mesh.spec(x_BTD.shape, ("batch", None, None), here)
     expert, fsdp, tensor = mesh.spec(up_EDF.shape, ("experts", "embed", "mlp"), here)
+    into, out = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+    parts = [weight.parted(kernel, names, here) for kernel, names in ((gate_EDF, into), (up_EDF, into), (down_EFD, out))]
+    kernels, places = zip(*parts, strict=True)
     gathers = expert is not None and rows[0] is not None
     apart = tuple(axis for axis in (None if gathers else expert, tensor) if axis is not None)
 
+    def gathered(leaf, spec):
+        for axis in (i for i, name in enumerate(spec) if name is not None and name == fsdp):
+            leaf = jax.lax.all_gather(leaf, fsdp, axis=axis, tiled=True)
+        return leaf
+
     def local(x_BTD, logits_BTE, real_BT, gate, up, down):
-        if fsdp is not None:
-            gate, up, down = (jax.lax.all_gather(k, fsdp, axis=i, tiled=True) for k, i in ((gate, 1), (up, 1), (down, 2)))
+        gate, up, down = (jax.tree.map(gathered, *pair) for pair in zip((gate, up, down), places, strict=True))
         y_BTD, sums = route(settings, x_BTD, logits_BTE, real_BT, gate, up, down, axis=expert, gathers=gathers)
         return y_BTD[None], jax.tree.map(lambda x: x[None], sums)
 
     # What is still to be added up leaves with an axis of its own and is added outside: a sum inside would be repeated in the backward pass.
-    specs = (rows, rows, P(*rows[:2]), P(expert, fsdp, tensor), P(expert, fsdp, tensor), P(expert, tensor, fsdp))
+    specs = (rows, rows, P(*rows[:2]), *places)
     run = jax.shard_map(local, in_specs=specs, out_specs=(P(apart or None, *rows), P(rows[0])), check_vma=False)
-    y, sums = run(x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD)
+    y, sums = run(x_BTD, logits_BTE, real_BT, *kernels)
     return mesh.constrain(jax.lax.reduce_sum(y, (0,)), "batch", None, None), jax.tree.map(lambda x: x.sum(0), sums)
 
 
@@ -201,8 +209,9 @@ def grouped(settings: tuple[int, str | None], x_MD: jax.Array, kernel_EDF: jax.A
 
 
 def _forward(settings, x_MD, kernel_EDF, sizes_E):
-    x, kernel, sizes = x_MD.value, kernel_EDF.value, sizes_E.value
-    return _rows(settings, x, kernel, sizes, 1), (x if kernel_EDF.perturbed else None, kernel, sizes)
+    kernel, leaves = jax.tree.map(lambda leaf: leaf.value, kernel_EDF), jax.tree.leaves(kernel_EDF)
+    learns = any(leaf.perturbed for leaf in leaves)
+    return _rows(settings, x_MD.value, kernel, sizes_E.value, 1), (x_MD.value if learns else None, kernel, sizes_E.value)
 
 
 def _backward(settings, kept, dy_MF):
@@ -224,14 +233,15 @@ def _rows(settings, x_MD, kernel_EDF, sizes_E, contract: int) -> jax.Array:
 
 def rows_native(settings, contract: int, x_MD, kernel_EDF, sizes_E) -> jax.Array:
     numbers = jax.lax.RaggedDotDimensionNumbers((([1], [contract]), ([], [])), [0], [0])
-    return jax.lax.ragged_dot_general(x_MD, kernel_EDF, sizes_E, numbers, precision=settings[1])
+    return jax.lax.ragged_dot_general(x_MD, weight.value(kernel_EDF).astype(x_MD.dtype), sizes_E, numbers, precision=settings[1])
 
 
 def rows_loops(settings, contract: int, x_MD, kernel_EDF, sizes_E) -> jax.Array:
     block, precision = settings
 
     def expert(y_MF, own):
-        kernel_DF, start, end = own
+        kernel, start, end = own
+        kernel_DF = weight.value(kernel).astype(x_MD.dtype)
 
         def piece(at, inside, y_MF):
             x = jax.lax.dynamic_slice_in_dim(x_MD, at, block)

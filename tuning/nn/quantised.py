@@ -4,10 +4,9 @@ int8 and int4 are multiples of a step; nf4 is the 4-bit NormalFloat of QLoRA (De
 16 levels where normally distributed weights are. A value is its code's level times its block's scale.
 
 A block is some consecutive inputs of one output. bitsandbytes cuts torch's flattened [out, in] into the same blocks where their size
-divides the inputs, and an nf4 kernel has the same values here to the last bit. Forward, x W is a sum over blocks of inputs; backward,
-dy W^T gives each block of inputs its own columns: both can take W block by block. The output axis may be split over devices anywhere;
-the input axis is stored as an axis of whole blocks, in codes and scales alike, so that both are split at the same places or, where a
-mesh axis does not divide the number of blocks, neither is.
+divides the inputs, and an nf4 kernel has the same values here to the last bit. The output axis may be split over devices anywhere; the
+input axis is stored as an axis of whole blocks, in codes and scales alike, so that both are split at the same places or, where a mesh
+axis does not divide the number of blocks, neither is.
 
 Shapes: D inputs, F outputs, N = D / block blocks, R bytes of a block's codes, S = F / 256 blocks of scales, rounded up; "..." any axes
 before, of layers or experts.
@@ -23,9 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-from tuning.core import mesh
-from tuning.nn.sites import matmul
+from jax.sharding import NamedSharding, PartitionSpec
 
 SCALES = 256  # scales that share a step, where the scales are quantised too
 
@@ -95,6 +92,13 @@ class Quantised:
         *lead, blocks, _, outputs = self.codes.shape
         return (*lead, blocks * self.block, outputs)
 
+    @property
+    def sharding(self) -> NamedSharding:
+        """Of a kernel that is split as the codes are."""
+        place, rank = self.codes.sharding, len(self.codes.shape)
+        *lead, inputs, _, outputs = (*place.spec, *[None] * (rank - len(place.spec)))
+        return NamedSharding(place.mesh, PartitionSpec(*lead, inputs, outputs))
+
 
 def quantise(kernel: jax.Array, kind: str, block: int = 64, double: bool = False) -> Quantised:
     """The kernel [..., D, F] in codes; `double` quantises the scales too. ValueError where the block does not divide D."""
@@ -117,31 +121,16 @@ def dequantise(q: Quantised, dtype: Any = None) -> jax.Array:
     codes_NBF = q.codes
     if _packed(q.kind):
         codes_NBF = jnp.concatenate([q.codes >> 4, q.codes & 15], axis=1)
-    scales_NF = _single(q.scales) if isinstance(q.scales, Scales) else q.scales
-    return _values(q.kind, codes_NBF, scales_NF).reshape(q.shape).astype(q.dtype if dtype is None else dtype)
+    return _values(q.kind, codes_NBF, single(q).scales).reshape(q.shape).astype(q.dtype if dtype is None else dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: jax.Array, q: Quantised, split: tuple[str | None, ...] = ()) -> jax.Array:
-    """x [..., D] times the kernel, in x's dtype. Its gradient is x's alone; between forward and backward nothing but q is kept for it.
-
-    split  the logical axes over which the kernel is split while it multiplies; what they leave whole is gathered as codes. By default
-           XLA decides, and gathers values.
-    """
-    return matmul(x, dequantise(_gathered(q, split), x.dtype))
-
-
-def _product_backward(split: tuple[str | None, ...], q: Quantised, dy: jax.Array) -> tuple[jax.Array, None]:
-    # Without a barrier XLA sees that the forward pass computed the same kernel, and keeps that one.
-    q, dy = jax.lax.optimization_barrier((q, dy))
-    return matmul(dy, dequantise(_gathered(q, split), dy.dtype).T), None
-
-
-product.defvjp(lambda x, q, split: (product(x, q, split), q), _product_backward)
-
-
-def _gathered(q: Quantised, split: tuple[str | None, ...]) -> Quantised:
-    return jax.tree.map(lambda leaf, names: mesh.constrain(leaf, *names), q, axes(q, split)) if split else q
+def single(q: Quantised) -> Quantised:
+    """The same with scales that are not quantised, float32 [..., N, F]."""
+    if not isinstance(q.scales, Scales):
+        return q
+    codes, steps, mean = q.scales.codes, q.scales.steps, q.scales.mean
+    spread = jnp.repeat(steps, SCALES, axis=-1)[..., : codes.shape[-1]]
+    return dataclasses.replace(q, scales=jnp.maximum(mean[..., None, None] + codes.astype(jnp.float32) * spread, 0))
 
 
 def axes(q: Quantised, names: tuple[str | None, ...]) -> Quantised:
@@ -208,13 +197,5 @@ def _double(scales_NF: jax.Array) -> Scales:
     rest_NF = scales_NF - mean
     blocks_NSX = jnp.pad(rest_NF, ((0, 0), (0, -rest_NF.shape[1] % SCALES))).reshape(rest_NF.shape[0], -1, SCALES)
     steps_NS = jnp.abs(blocks_NSX).max(2) / KINDS["int8"].bound
-    return Scales(_codes("int8", rest_NF, _spread(steps_NS, rest_NF.shape[1])), steps_NS, mean)
-
-
-def _single(scales: Scales) -> jax.Array:
-    return jnp.maximum(scales.mean + scales.codes.astype(jnp.float32) * _spread(scales.steps, scales.codes.shape[1]), 0)
-
-
-def _spread(steps_NS: jax.Array, outputs: int) -> jax.Array:
-    """The step of each scale, [N, F]."""
-    return jnp.repeat(steps_NS, SCALES, axis=1)[:, :outputs]
+    spread_NF = jnp.repeat(steps_NS, SCALES, axis=1)[:, : rest_NF.shape[1]]
+    return Scales(_codes("int8", rest_NF, spread_NF), steps_NS, mean)

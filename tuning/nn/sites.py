@@ -16,6 +16,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from tuning.nn.weight import Axes, Stored, multiply, value
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -35,8 +37,13 @@ class Site:
     scale: float = 1.0
 
     def matches(self, target: str) -> bool:
-        """Whether a target names this site: by its role, by the role's last part, or as a regular expression for the whole role."""
-        return target in (self.role, self.role.rsplit("/", 1)[-1]) or re.fullmatch(target, self.role) is not None
+        """Whether a target names this site."""
+        return named(target, self.role)
+
+
+def named(target: str, role: str) -> bool:
+    """Whether a target names a role: whole, by its last part, or as a regular expression for the whole of it."""
+    return target in (role, role.rsplit("/", 1)[-1]) or re.fullmatch(target, role) is not None
 
 
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -44,24 +51,23 @@ def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., D] times a kernel [D, F], in x's dtype.
-
-    Written as one product of two matrices: the gradient of a product with more axes sums over several of them, which XLA does on CPU
-    without its fast matmul.
-    """
-    return (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
 @dataclasses.dataclass(frozen=True)
 class Project:
-    """The projection that a site belongs to: `project(x)` is x W + b; `project.kernel` is W for those who need it."""
+    """The projection that a site belongs to: `project(x)` is x W + b and `project.times(x)` x W; `kernel` is W for those who need it."""
 
-    kernel: jax.Array
+    stored: Stored
     bias: jax.Array | None
+    axes: Axes = ()
+
+    @property
+    def kernel(self) -> jax.Array:
+        return value(self.stored)
+
+    def times(self, x: jax.Array) -> jax.Array:
+        return multiply(x, self.stored, self.axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.kernel)
+        y = self.times(x)
         return y if self.bias is None else y + along_last(self.bias, y)
 
 
@@ -75,7 +81,8 @@ class Sites:
     memory  what attention looks at: answer() -> keys and values [n, K, H], seen by every token in front of its own sequence, as far
             as a window reaches; n is the offset
     embed   the embedding: answer(tokens, positions, lookup) -> [B, T, D]; positions are None in a decoder that an encoder stands before.
-            answer.output(table) -> [V, D], what an output that is tied to the embedding reads
+            answer.output(x [M, D], project, key) -> logits [M, V], in the place of an output that is tied to the embedding
+    head    an output over the vocabulary with a kernel of its own: answer(x [M, D], project, key) -> logits [M, V], in its place
     offset  the position of the first token
     """
 
@@ -83,6 +90,7 @@ class Sites:
     branch: Callable[[Site, nnx.Rngs], Any] = lambda site, rngs: None
     memory: Callable[[Site, nnx.Rngs], Any] = lambda site, rngs: None
     embed: Callable[[Site, nnx.Rngs], Any] = lambda site, rngs: None
+    head: Callable[[Site, nnx.Rngs], Any] = lambda site, rngs: None
     offset: int = 0
 
 
@@ -96,7 +104,7 @@ class Outline:
     layers    how many there are
     sites     the projections
     leaves    their names (uncut, nothing added)
-    branches, memories, embeds  the places of these kinds
+    branches, memories, embeds, heads  the places of these kinds
     encode    text -> token ids; None without a tokenizer
     """
 
@@ -106,6 +114,7 @@ class Outline:
     branches: tuple[Site, ...] = ()
     memories: tuple[Site, ...] = ()
     embeds: tuple[Site, ...] = ()
+    heads: tuple[Site, ...] = ()
     encode: Callable[[str], list[int]] | None = None
 
     def chosen(self, targets: Iterable[str]) -> frozenset[str]:

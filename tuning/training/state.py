@@ -9,21 +9,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from tuning.core import keys, mesh, tree
 from tuning.core.types import TrainState, Tree
+from tuning.nn import quantised
+from tuning.nn.storage import Storage
 from tuning.training import optimizer as optimizers
 
 
-def layout(abstract: Tree, axes: Tree, dtype_of: Callable[[str], Any], where: Mesh) -> Tree:
-    """Shape, dtype and sharding of every leaf, as ShapeDtypeStructs: what a checkpoint is read into."""
-    shardings = mesh.shardings(abstract, axes, where)
+def layout(
+    abstract: Tree, axes: Tree, dtype_of: Callable[[str], Any], where: Mesh,
+    storage: Callable[[str], Storage | None] = lambda name: None,
+) -> Tree:  # fmt: skip
+    """Shape, dtype and sharding of every leaf, as ShapeDtypeStructs: what a checkpoint is read into. A leaf with a storage is Quantised."""
 
-    def leaf(name, shape, sharding):
-        return jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype_of(name)), sharding=sharding)
+    def leaf(name, shape, names):
+        kept = jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype_of(name)))
+        if (chosen := storage(name)) is not None:
+            kept = jax.eval_shape(chosen.quantise, kept)
+            names = quantised.axes(kept, names)
+        place = lambda x, names: NamedSharding(where, mesh.spec(x.shape, names, where))  # noqa: E731
+        return jax.tree.map(lambda x, names: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x, names)), kept, names)
 
-    return tree.map_named(leaf, abstract, shardings)
+    return tree.map_named(leaf, abstract, axes)
 
 
 def fresh(init: Callable[[jax.Array], Tree], wanted: Tree, seed: int) -> Tree:
