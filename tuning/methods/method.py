@@ -6,8 +6,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+import optax
+
 from tuning.core.types import Tree
 from tuning.nn.sites import NOTHING, Sites
+
+Wrap = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
 
 def added(name: str) -> bool:
@@ -35,18 +40,25 @@ class Method:
     sites   what is added to the network, and where
     cuts    layers before which the stack must be cut, because leaves on the two sides are treated differently
     start   parameters as loaded -> parameters to start from
+    residual  (role, a kernel as published less what it is quantised to, [..., D, F] float32) -> {leaf of its adapter, by the last part of
+              its name: what it starts from}; None where nothing starts from that
     fold    parameters -> the base network's parameters that give the same outputs, nothing added (computed in float32); None where there
             are no such parameters
     bare    parameters -> the same without what only training needs
     pace    how fast the leaf of this name learns
     slots   positions that are kept free before the tokens of every example, for what the method puts there
+    penalty tuned leaves -> a scalar that is added to the loss that is lowered; None where nothing is
+    around  train.steps -> (the optimizer's whole transformation -> the one to train with). ValueError for a run that is too short
     """
 
     tuned: Callable[[str], bool]
     sites: Sites = NOTHING
     cuts: tuple[int, ...] = ()
     start: Callable[[Tree], Tree] = lambda params: params
+    residual: Callable[[str, jax.Array], dict[str, jax.Array]] | None = None
     fold: Callable[[Tree], Tree] | None = lambda params: params
     bare: Callable[[Tree], Tree] = lambda params: params
     pace: Callable[[str], Pace] = lambda name: Pace()
     slots: int = 0
+    penalty: Callable[[Tree], jax.Array] | None = None
+    around: Callable[[int], Wrap] = lambda steps: lambda transform: transform

@@ -18,7 +18,7 @@ import optax
 
 from tuning.core import tree
 from tuning.core.types import Tree
-from tuning.methods.method import Pace
+from tuning.methods.method import Pace, Wrap
 
 Schedule = Callable[[Any], jax.Array]  # number of updates made, int or traced int32 -> multiplier in [0, 1], float32
 
@@ -34,17 +34,19 @@ class Optimizer:
     pull           adds weight decay to the directions
     learning_rate  number of updates made -> the rate of the next one
     begun          (gradients, number of updates made) -> the gradients, 0 where a leaf does not learn yet
+    around         the whole transformation -> the one that is used
     """
 
     direction: optax.GradientTransformation
     pull: optax.GradientTransformation
     learning_rate: Schedule
     begun: Callable[[Tree, Any], Tree] = lambda gradients, count: gradients
+    around: Wrap = lambda transform: transform
 
     @property
     def transform(self) -> optax.GradientTransformation:
         """The whole of it, over the nested dict of the leaves that learn."""
-        return _in_float32(optax.chain(self.direction, self.pull, optax.scale_by_learning_rate(self.learning_rate)))
+        return self.around(_in_float32(optax.chain(self.direction, self.pull, optax.scale_by_learning_rate(self.learning_rate))))
 
 
 # Schedules. `steps` is the length of the run, in updates; at and after `steps` the multiplier is `final`.
