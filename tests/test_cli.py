@@ -34,6 +34,7 @@ def test_help_is_complete_quick_and_needs_no_jax(verb):
         "evaluate": ["--model", "--adapter", "--checkpoint", "--split"],
         "generate": ["--prompt", "--temperature", "--top_k", "--top_p", "--max_new_tokens", "--checkpoint"],
         "export": ["--format", "--merge", "--out", "--adapter"],
+        "combine": ["--base", "--adapters", "--weights", "--how", "--density", "--svd_rank", "--out"],
         "prompts": ["--prompt", "--file", "--propose", "--ask", "--config.data.eval.path"],
     }
     assert all(flag in done.stdout for flag in flags[verb])

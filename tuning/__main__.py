@@ -8,6 +8,7 @@ VERBS = {
     "generate": "continue prompts",
     "prompts": "find the prompt after which a model answers best",
     "export": "write a Hugging Face directory or a PEFT adapter",
+    "combine": "several adapters as one",
 }
 USAGE = """usage: tuning VERB [--flag=value ...]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tuning import build, export
+from tuning import adapted, build, export
+from tuning.adapted import Adapted
 from tuning.core import config as configs
 from tuning.core import mesh as meshes
-from tuning.core import tree
+from tuning.core import parts, tree
 from tuning.core.types import Batch, Inputs, Tree
 from tuning.data.frame import frame
 from tuning.decode.generate import generate
-from tuning.hub import adapters, files, sentences, tokenizer
-from tuning.methods import METHODS
+from tuning.hub import files, sentences, tokenizer
+from tuning.methods.combine import Recipe
+from tuning.methods.method import added
 from tuning.objectives.tokens import token_nll
 from tuning.source import Source, pretrained
 from tuning.training import workdir
@@ -43,48 +44,27 @@ def load(
     mesh: Mesh | None = None,
     checkpoint: str | int = "best",
     revision: str | None = None,
+    quantise: str = "",
 ) -> LoadedModel:
     """A model to use: a run's directory, a published checkpoint's, or a hub id, with or without a PEFT adapter.
 
     dtype       of the computation and of the weights
     mesh        where it lives; one device by default
     checkpoint  of a run: "best" (lowest evaluation loss; the last one if none was evaluated), "last", or a step
+    quantise    what the kernels under an adapter are kept as: nf4, int4, int8, or "" for arrays; a run knows it by itself
     """
     where = meshes.over(jax.devices()[:1]) if mesh is None else mesh
     path = Path(path_or_id)
     with jax.set_mesh(where):
+        if quantise and (adapter is None or workdir.is_run(path)):
+            raise ValueError(f"quantise={quantise!r} is for a published model under an adapter. Give the adapter, or leave it out.")
         if workdir.is_run(path):
             if adapter is not None:
                 raise ValueError(f"{path} is a run, which has its own weights; an adapter goes on a published model.")
             return _load_run(path, dtype, where, checkpoint)
-        source = pretrained(path=str(path_or_id), revision=revision, dtype=dtype)
-        method: dict[str, Any] = {}
-        if adapter is None:
-            m = build.model(source, METHODS["full"](build.outline(source)), where, masters=dtype)
-            params = build.base_params(m, lambda name: True, 0)
-        else:
-            directory = files.resolve(adapter)
-            source = _with_head(source, adapters.head(directory))
-            outline = build.outline(source)
-            method, added, saved = adapters.settings(directory, source.table, outline)
-            if missing := source.fresh.intersection(outline.leaves).difference(saved):
-                raise ValueError(f"Neither {source.path} nor the adapter in {directory} has the head's {', '.join(sorted(missing))}.")
-            source = dataclasses.replace(source, config=source.config.replace(added=added))
-            settings = {key: value for key, value in method.items() if key != "name"}
-            m = build.model(source, METHODS[method["name"]](outline, **settings), where, masters=dtype)
-            params = build.with_adapter(m, build.base_params(m, lambda name: True, 0), directory)
-            m = dataclasses.replace(m, source=dataclasses.replace(source, fresh=frozenset(saved)))  # no longer the checkpoint's
-    return LoadedModel(m, params, stop_ids(source), method)
-
-
-def _with_head(source: Source, brought: tuple[str, int] | None) -> Source:
-    """The source with the head that an adapter brings along, if any; its classes are numbered where the checkpoint names others."""
-    if brought is None:
-        return source
-    head, count = brought
-    named = source.config.head.classes
-    classes = () if head == "question_answering" else named if len(named) == count else tuple(f"LABEL_{i}" for i in range(count))
-    return pretrained(path=source.path, revision=source.revision, head=head, classes=classes, dtype=source.config.dtype)
+        source = pretrained(path=str(path_or_id), revision=revision, dtype=dtype, quantise=quantise)
+        one = adapted.bare(source, where) if adapter is None else adapted.read(source, files.resolve(adapter), where)
+        return LoadedModel(one.model, adapted.params(one, {}), stop_ids(source), one.method)
 
 
 def _load_run(path: Path, dtype: str, where: Mesh, which: str | int) -> LoadedModel:
@@ -101,11 +81,12 @@ def _load_run(path: Path, dtype: str, where: Mesh, which: str | int) -> LoadedMo
 
 
 class LoadedModel:
-    """A model with its parameters, to look at and to use.
+    """A model with its parameters, to look at and to use; over its base there may be several adapters, of which one at a time is active.
 
     config     its architecture (a TransformerConfig, an EncoderDecoderConfig or a RecurrentConfig)
     params     nested dict of arrays, by leaf name
     tokenizer  or None, where the checkpoint has none: then only the calls that take text raise
+    active     the name of the adapter in use, "default" for one that was loaded with the model; None for the base alone
     """
 
     def __init__(
@@ -113,8 +94,12 @@ class LoadedModel:
         step: int | None = None,
     ):  # fmt: skip
         self.model, self.params, self.stop, self.run, self.step = model, params, stop, run, step
-        self.method = dict(method or {"name": "full"})
-        self._logits = jax.jit(self._forward)
+        self.method, leaves = dict(method or adapted.BARE), tree.flatten(params)
+        over = any(map(added, leaves))
+        own = {name: x for name, x in leaves.items() if over and model.tuned(name)}
+        self.active: str | None = "default" if over else None
+        self._loaded, self._base = self.active, {name: x for name, x in leaves.items() if name not in own}
+        self._adapted: dict[str | None, Adapted] = {self.active: Adapted(model, self.method, own, model.source.fresh)}
 
     @property
     def config(self) -> Any:
@@ -128,11 +113,60 @@ class LoadedModel:
             )
         return self.model.source.tokenizer
 
-    def _forward(self, params: Tree, batch: Batch):
-        hidden_BTD, head, _ = self.model.network.apply(params, batch)
-        if not self.config.head.pool and batch.inputs is None:
-            hidden_BTD = hidden_BTD[:, self.model.method.slots :]
-        return head(pooled(hidden_BTD, batch.segments, self.config.head.pool))
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters, in the order in which they came."""
+        return tuple(name for name in self._adapted if name is not None)
+
+    def add(self, name: str, directory: str | Path) -> None:
+        """Reads a further PEFT directory over the same base. It may be of another method, rank or place; `use` takes it into use."""
+        source = self._under(name)
+        with jax.set_mesh(self.model.mesh):
+            self._adapted[name] = adapted.read(source, files.resolve(directory), self.model.mesh, self._adapted.values())
+
+    def use(self, name: str | None) -> None:
+        """Switches to another adapter, or to the base alone. What was compiled for adapters of the same settings is not compiled again."""
+        if name is not None:
+            self._check(name)
+        elif None not in self._adapted:
+            self._adapted[None] = adapted.bare(self._base_source(), self.model.mesh)
+        one = self._adapted[name]
+        with jax.set_mesh(self.model.mesh):
+            self.params = adapted.params(one, self._base)
+        self.model, self.method, self.active = one.model, one.method, name
+
+    def combine(self, name: str, weights: Mapping[str, float], **recipe: Any) -> None:
+        """Makes an adapter of those that `weights` names; the keys are those of Recipe: how, density, majority_sign_method, svd_rank, seed.
+
+        `combine("both", {"a": 0.5, "b": 0.5}, how="ties", density=0.2)`
+        """
+        how, source = Recipe(**recipe), self._under(name)
+        self._check(*weights)
+        chosen = [self._adapted[other] for other in weights]
+        with jax.set_mesh(self.model.mesh):
+            self._adapted[name] = adapted.combined(source, chosen, list(weights.values()), how, self._base, self._adapted.values())
+
+    def _check(self, *names: str) -> None:
+        for name in names:
+            if name not in self.names:
+                there = ", ".join(self.names) or "none"
+                raise ValueError(f"There is no adapter {name!r}.{parts.suggestion(str(name), self.names)} There are: {there}.")
+
+    def _under(self, name: str) -> Source:
+        """Where the base of a new adapter comes from. ValueError if it has another one's name, or no base that others know."""
+        if name in self.names:
+            raise ValueError(f"There is an adapter {name!r} already. Take another name.")
+        if self.run is not None and self._loaded is None:
+            raise ValueError(f"{self.run} changed the weights of its base. Export it as it is, with --format=hf, and load that.")
+        return self._base_source()
+
+    def _base_source(self) -> Source:
+        first = self._adapted[self._loaded]
+        if more := [name for name in first.own if not added(name)]:
+            raise ValueError(
+                f"With the adapter, {tree.listing(more)} came into the model. Load the base alone, and add the adapter to that."
+            )
+        return first.model.source
 
     def logits(self, tokens_BT, attention_mask_BT=None, *, types_BT=None, decoder_tokens_BT=None) -> jax.Array:
         """[B, T] token ids -> float32 logits: [B, T, V] over the vocabulary, [B, T, C] or, of a sequence classifier, [B, C] over classes.
@@ -150,7 +184,7 @@ class LoadedModel:
             read, ones = _ids(decoder_tokens_BT)
             batch = Batch(read, read, ones, ones, places(ones), None, Inputs(tokens, mask, places(mask)))
         with jax.set_mesh(self.model.mesh):
-            return self._logits(self.params, batch)
+            return _logits(self.model.network, self.config.head.pool, self.model.method.slots, self.params, batch)
 
     def classify(self, texts: str | Sequence[str]) -> list[dict[str, float]]:
         """The probability of each class, for each text; of a model with a sequence classifier."""
@@ -237,13 +271,22 @@ class LoadedModel:
         An adapter goes into an "hf" export only when `merge` says so; the logits of both are compared first. A file of weights that would
         be larger than `shard_bytes` is written as several.
         """
-        return export.write(self.model, self.params, self.method, Path(directory), format, merge, self.run, self.step, shard_bytes)
+        run, step = (self.run, self.step) if self.active == self._loaded else (None, None)
+        return export.write(self.model, self.params, self.method, Path(directory), format, merge, run, step, shard_bytes)
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
     if not (found := [texts] if isinstance(texts, str) else list(texts)):
         raise ValueError("There is no text: the list is empty.")
     return found
+
+
+@jax.jit(static_argnums=(0, 1, 2))
+def _logits(network, pool: str, slots: int, params: Tree, batch: Batch):
+    hidden_BTD, head, _ = network.apply(params, batch)
+    if not pool and batch.inputs is None:
+        hidden_BTD = hidden_BTD[:, slots:]
+    return head(pooled(hidden_BTD, batch.segments, pool))
 
 
 def pooled(hidden_BTD: jax.Array, mask_BT: jax.Array, pool: str) -> jax.Array:
