@@ -28,7 +28,7 @@ def said(home, **method):
     text = api.summary(parts).split("\nmesh")[0].replace(",", "")
     found = re.fullmatch(
         r"trainable params: (\d+) \|\| all params: (\d+) \|\| trainable%: ([\d.]+)\n"
-        r"bytes that learn: (\d+) \|\| optimizer bytes: (\d+) \|\| FLOPs%: ([\d.]+) of full tuning",
+        r"bytes that learn: (\d+) \|\| frozen: (\d+) \|\| optimizer: (\d+) \|\| FLOPs%: ([\d.]+) of full tuning",
         text,
     )
     assert found, text
@@ -37,7 +37,7 @@ def said(home, **method):
 
 def expected(some, every, flops, full):
     """In float32, with Adam's two moments, its count and the schedule's."""
-    return [some, every, round(100 * some / every, 4), 4 * some, 8 * some + 8, round(100 * flops / full, 1)]
+    return [some, every, round(100 * some / every, 4), 4 * some, 4 * (every - some), 8 * some + 8, round(100 * flops / full, 1)]
 
 
 def test_the_summary_counts_parameters_bytes_and_flops(home, published):

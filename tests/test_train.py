@@ -36,6 +36,8 @@ def test_a_run_leaves_its_directory_behind(straight):
     assert expected <= set(lines[1]) and "time/mfu" not in lines[1]  # a CPU's peak is not known
     assert list((path / "tensorboard").glob("events*")) and (path / "checkpoints" / "6").is_dir()
     assert final["eval/loss"] < lines[0]["eval/loss"] and final["step"] == 6
+    (said,) = map(json.loads, (path / "texts.jsonl").open())
+    assert said["name"] == "summary" and said["step"] == 0 and "trainable params: " in said["text"]
 
 
 class Crash(BaseException):

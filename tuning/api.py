@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tuning import build
 from tuning.core import config as configs
 from tuning.core import tree
-from tuning.core.types import TrainState
+from tuning.core.types import TrainState, Tree
 from tuning.data import loader
 from tuning.loaded import LoadedModel, load, stop_ids
 from tuning.training import flops, loop, provenance, state, step, workdir
@@ -31,7 +32,8 @@ from tuning.training.writer import Writer
 def train(config: Mapping[str, Any], workdir_path: str | Path, *, argv: Sequence[str] = ()) -> dict[str, float]:
     """Runs a config (a nested dict or ConfigDict) in a directory, or goes on with the run that is there.
 
-    Returns the final measures: `train/loss`, `eval/loss` and `best/eval/loss` (nats per learned token), `step`, ...
+    Returns the final measures: `train/loss`, `eval/loss`, `best/eval/loss` and `before/eval/loss` (nats per learned token; the last is that
+    before the first step), the same of data.kept, `step`, ...
     ValueError for a mistake in config or data, before anything is compiled; loop.Interrupted after a signal, with the state saved.
     """
     enable_compilation_cache()
@@ -50,10 +52,12 @@ def train(config: Mapping[str, Any], workdir_path: str | Path, *, argv: Sequence
 def _run(parts: build.Parts, path: Path, first: bool, argv: Sequence[str]) -> dict[str, float]:
     m, seed = parts.model, parts.config["seed"]
     display = Display(path.name, parts.settings.steps, 0, first)
-    display.say(summary(parts))
+    said = summary(parts)
+    display.say(said)
     checkpoints = Checkpoints(path / "checkpoints", keep_last=parts.checkpoint.keep_last, keep_best=parts.checkpoint.keep_best)
-    data = loader.Loader(parts.train, batch_size=parts.settings.batch_size, seed=seed, mesh=m.mesh)
-    digests = {name: rows.digest for name, rows in (("train", parts.train), ("eval", parts.eval)) if rows is not None}
+    mixed = parts.train if parts.mixture is None else parts.mixture
+    data = loader.Loader(mixed, batch_size=parts.settings.batch_size, seed=seed, mesh=m.mesh)
+    digests = {name: rows.digest for name, rows, _ in parts.sources} | {name: rows.digest for name, rows in parts.held_out.items()}
     began, meta = time.monotonic(), {}
     if checkpoints.last() is None:
         start = state.start(build.start_params(m, seed), m.tuned, parts.optimizer.transform, m.mesh)
@@ -71,7 +75,7 @@ def _run(parts: build.Parts, path: Path, first: bool, argv: Sequence[str]) -> di
         step.train_step(
             m.network.apply, parts.loss, parts.optimizer.transform,
             accumulate=parts.settings.accumulate, clip_norm=parts.settings.clip_norm, seed=seed,
-            begun=parts.optimizer.begun,
+            begun=parts.optimizer.begun, penalty=m.method.penalty, base=parts.base,
         ),
         start,
         loader.abstract(parts.train, parts.settings.batch_size, m.mesh),
@@ -84,6 +88,8 @@ def _run(parts: build.Parts, path: Path, first: bool, argv: Sequence[str]) -> di
             evaluate=evaluator(parts), sample=sampler(parts),
             flops_per_token=flops_per_token(parts), peak_flops=peak_flops(m.mesh),
         )  # fmt: skip
+        if not meta:
+            writer.text(0, "summary", said.replace("\n", "\n\n"))
         try:
             _, final = loop.run(job, start, meta.get("memory"))
         finally:
@@ -102,17 +108,25 @@ def restore(parts: build.Parts, checkpoints: Checkpoints, which: str | int = "la
 
 
 def evaluator(parts: build.Parts):
-    """state -> measures on data.eval; None if there is none."""
-    rows = parts.eval
-    if rows is None:
+    """state -> measures on data.eval (`eval/loss`, ...) and on data.kept (`kept/loss`, ...); None if there is no data."""
+    if not parts.held_out:
         return None
     size = parts.evaluation.batch_size or parts.settings.batch_size // parts.settings.accumulate
-    compiled = jax.jit(step.eval_step(lambda params, batch, key: parts.model.network.apply(tree.merge(*params), batch, key), parts.loss))
+    judge = step.eval_step(parts.model.network.apply, parts.loss, parts.base)
+    compiled = jax.jit(lambda params, batch: judge(tree.merge(*params), batch))
 
     def evaluate(s: TrainState) -> dict[str, float]:
-        return step.evaluate(compiled, (s.tuned, s.frozen), loader.once(rows, batch_size=size, mesh=parts.model.mesh))
+        found = {}
+        for name, rows in parts.held_out.items():
+            measures = step.evaluate(compiled, (s.tuned, s.frozen), loader.once(rows, batch_size=size, mesh=parts.model.mesh))
+            found |= {f"{name}/{key}": value for key, value in _with_perplexity(measures).items()}
+        return found
 
     return evaluate
+
+
+def _with_perplexity(measures: dict[str, float]) -> dict[str, float]:
+    return {**measures, "perplexity": math.exp(min(measures["nll"], 700))}
 
 
 def sampler(parts: build.Parts):
@@ -131,20 +145,25 @@ def sampler(parts: build.Parts):
 
 def flops_per_token(parts: build.Parts, full: bool = False) -> float:
     """Model FLOPs of one trained token, attention counted over whole rows; `full` gives those of full tuning."""
-    m, report = parts.model, parts.train.report
+    m = parts.model
     shapes = {name: leaf.shape for name, leaf in tree.flatten(m.layout).items()}
 
     def passes(name: str) -> float:
         if tree.matches(flops.INPUTS, name):
-            return report.input_tokens / report.tokens
+            inputs, tokens = (
+                sum(share * getattr(rows.report, key) / len(rows) for _, rows, share in parts.sources) for key in ("input_tokens", "tokens")
+            )
+            return inputs / tokens
         routed = name.endswith("kernel") and len(shapes[name]) == 4
         return m.source.config.per_token / m.source.config.experts if routed else 1.0
 
     lengths = [length for length in (parts.train.length, parts.train.input_length) if length]
     attention = m.source.config.attention_flops(*lengths)
+    of_base = functools.partial(flops.flops_per_token, {n: x for n, x in shapes.items() if "/adapter/" not in n})
     if full:
-        return flops.flops_per_token({n: x for n, x in shapes.items() if "/adapter/" not in n}, lambda name: True, attention, passes)
-    return flops.flops_per_token(shapes, m.tuned, attention, passes)
+        return of_base(lambda name: True, attention, passes)
+    compared = of_base(lambda name: False, attention, passes) if parts.base else 0.0
+    return flops.flops_per_token(shapes, m.tuned, attention, passes) + compared
 
 
 def peak_flops(where: Mesh) -> float | None:
@@ -156,18 +175,22 @@ def peak_flops(where: Mesh) -> float | None:
 def summary(parts: build.Parts) -> str:
     """What a run is about to do, in a few lines."""
     m = parts.model
-    tuned, _ = tree.split(m.layout, m.tuned)
-    some, every = tree.size(tuned), tree.size(m.layout)
+    tuned, frozen = tree.split(m.layout, m.tuned)
+    moving = tree.split(tuned, lambda name: np.max(m.pace(name).rate) > 0)[0]  # what PiSSA started from is kept beside, and stands still
+    some, every = tree.size(moving), tree.size(m.layout)
     shape = {axis: size for axis, size in m.mesh.shape.items() if size > 1} or "one device"
     config, optimizer = m.source.config, state.optimizer_layout(parts.optimizer.transform, tuned, m.mesh)
     share = flops_per_token(parts) / flops_per_token(parts, full=True)
     return (
         f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}\n"
-        f"bytes that learn: {tree.nbytes(tuned):,} || optimizer bytes: {tree.nbytes(optimizer):,} || "
+        f"bytes that learn: {tree.nbytes(tuned):,} || frozen: {tree.nbytes(frozen):,} || optimizer: {tree.nbytes(optimizer):,} || "
         f"FLOPs%: {100 * share:.1f} of full tuning\n"
         f"mesh: {shape} ({m.mesh.devices.flat[0].device_kind}); computes in {config.dtype}"
         f"{f', matmul precision {config.precision}' if config.dtype == 'float32' else ''}; remat {config.remat}\n"
-        f"train data: {parts.train.report}" + (f"\neval data: {parts.eval.report}" if parts.eval else "")
+        + "\n".join(
+            [f"{name} data{'' if share == 1 else f', {share:.1%} of the rows'}: {rows.report}" for name, rows, share in parts.sources]
+            + [f"{name} data: {rows.report}" for name, rows in parts.held_out.items()]
+        )
     )
 
 
@@ -182,23 +205,49 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def evaluate(model: LoadedModel, config: Mapping[str, Any], split: str = "eval", batch_size: int = 8) -> dict[str, float]:
-    """The measures of the config's objective on its data.eval or data.train, each row read once: loss, nll, perplexity, accuracy."""
-    return _evaluate(model, [config], split, batch_size)[0]
+def evaluate(
+    model: LoadedModel, config: Mapping[str, Any], split: str = "eval", batch_size: int = 8, base: bool = False
+) -> dict[str, float]:
+    """The measures of the config's objective on data.eval, data.train or data.kept, each row read once: loss, nll, perplexity, accuracy.
+
+    base  whether those of the model before it was tuned are measured too, as `base/loss` and so on
+    """
+    found = _evaluate(model, [config], split, batch_size)[0]
+    if not base:
+        return found
+    before = _evaluate(model, [config], split, batch_size, _base_params(model, config))[0]
+    return found | {f"base/{name}": value for name, value in before.items() if name != "tokens"}
 
 
-def _evaluate(model: LoadedModel, runs: Sequence[Mapping[str, Any]], split: str, batch_size: int) -> list[dict[str, float]]:
-    """The same of configs that differ in their data alone; compiled once."""
+def _base_params(model: LoadedModel, config: Mapping[str, Any]) -> Tree:
+    """The parameters of the model before it was tuned. What was new then starts as it started in the run."""
+    m = model.model
+    if model.run is None and model.method["name"] == "full":
+        raise ValueError(f"{m.source.path} is no run and has no adapter: it is a base itself. Leave out `base`.")
+    changed = build.base_leaves(m)
+    if model.run is None and (new := build.absent(m.source).intersection(changed)):
+        raise ValueError(f"{', '.join(sorted(new))} came with the adapter: the base has no such head to measure. Leave out `base`.")
+    if not changed:
+        return model.params
+    with jax.set_mesh(m.mesh):
+        return build.base_params(m, lambda name: "/adapter/" not in name, build.resolve(config)["seed"])
+
+
+def _evaluate(
+    model: LoadedModel, runs: Sequence[Mapping[str, Any]], split: str, batch_size: int, base_params: Tree | None = None
+) -> list[dict[str, float]]:
+    """The same of configs that differ in their data alone; compiled once. With `base_params`, of the model without its method."""
     m, found, compiled = model.model, [], None
+    apply, params = (m.network.apply, model.params) if base_params is None else (build.base(m), base_params)
     for config in runs:
         c = build.resolve(config)
         bind = functools.partial(configs.bind, build.SECTIONS, c)
         build.check_objective(m.source, c["objective"]["name"])
         rows = bind(f"data.{split}")(m.reader, bind(f"data.{split}.format")())
-        compiled = compiled or jax.jit(step.eval_step(m.network.apply, bind("objective")()))
+        compiled = compiled or jax.jit(step.eval_step(apply, bind("objective")(), build.compared(m, c["objective"])))
         with jax.set_mesh(m.mesh):
-            measures = step.evaluate(compiled, model.params, loader.once(rows, batch_size=batch_size, mesh=m.mesh))
-        found.append({**measures, "perplexity": math.exp(min(measures["nll"], 700)), "tokens": rows.report.learned})
+            measures = step.evaluate(compiled, params, loader.once(rows, batch_size=batch_size, mesh=m.mesh))
+        found.append({**_with_perplexity(measures), "tokens": rows.report.learned})
     return found
 
 

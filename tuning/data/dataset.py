@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tuning.core.types import Batch, Inputs
@@ -290,11 +291,23 @@ def _slotted(example: Example, reader: Reader) -> Example:
     before = lambda array: None if array is None else np.concatenate([free(array), array])  # noqa: E731
     if example.inputs is not None:
         return example._replace(inputs=before(example.inputs))
-    whole = reader.classes and reader.pool == "first" and not reader.per_token
     targets, learned = (
-        np.concatenate([array, free(array)] if whole else [free(array), array]) for array in (example.targets, example.learned)
+        np.concatenate([array, free(array)] if at_first(reader) else [free(array), array]) for array in (example.targets, example.learned)
     )
     return example._replace(tokens=before(example.tokens), targets=targets, learned=learned, types=before(example.types))
+
+
+def at_first(reader: Reader) -> bool:
+    """Whether something is said at the first position, for the whole example."""
+    return bool(reader.classes) and reader.pool == "first" and not reader.per_token
+
+
+def unslotted(batch: Batch, slots: int) -> Batch:
+    """The batch with padding where positions are kept free, and positions that begin behind them."""
+    side = batch if batch.inputs is None else batch.inputs
+    kept = jnp.where(side.positions < slots, 0, side.segments)
+    side = dataclasses.replace(side, segments=kept, positions=jnp.maximum(side.positions - slots, 0))
+    return side if isinstance(side, Batch) else dataclasses.replace(batch, inputs=side)
 
 
 def _piece(example: Example, first: int, length: int) -> Example:

@@ -1,7 +1,7 @@
 """Batches in a reproducible order: which rows make batch n follows from (seed, n) alone, so that resuming is a matter of setting n.
 
-The rows are shuffled anew in every epoch, and the stream of epochs is cut into batches; a batch may span two epochs. Every process builds
-the rows that its own devices hold, and the order does not depend on how many processes there are.
+The rows are shuffled anew in every epoch, and the stream of epochs is cut into batches; a batch may span two epochs. In a mixture each text
+has epochs of its own. Every process builds the rows that its own devices hold, and the order does not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import concurrent.futures
 import functools
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from tuning.core import mesh as meshes
 from tuning.core.types import Batch
+from tuning.data.mixture import Mixture, Order
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,33 +42,38 @@ class Loader:
     ValueError if batch_size is not a multiple of the pieces that the mesh splits a batch into.
     """
 
-    def __init__(self, rows: RowSource, *, batch_size: int, seed: int, mesh: Mesh, shuffle: bool = True):
+    def __init__(self, rows: RowSource | Mixture, *, batch_size: int, seed: int, mesh: Mesh, shuffle: bool = True):
         _check(rows, batch_size, mesh)
         self._rows, self._mesh = rows, mesh
-        self._settings = {"batch_size": batch_size, "seed": seed, "rows": len(rows)}
-        self._order = _order(len(rows), seed) if shuffle else lambda place: place % len(rows)
-        self._step = 0
+        self._size, self._step = batch_size, 0
+        self._settings: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "rows": len(rows)}
+        epochs = functools.partial(_epochs, seed=seed) if shuffle else lambda count, text=0: lambda place: place % count
+        if isinstance(rows, Mixture):
+            self._settings |= {"replayed": len(rows.other), "share": rows.share}
+            self._order = rows.order(epochs(len(rows.first)), epochs(len(rows.other), text=1))
+        else:
+            self._order = epochs(len(rows))
 
     def indices(self, step: int) -> np.ndarray:
         """Which rows make a batch; steps count from 0."""
-        size = self._settings["batch_size"]
-        return np.array([self._order(place) for place in range(step * size, (step + 1) * size)])
+        return np.array([self._order(place) for place in range(step * self._size, (step + 1) * self._size)])
 
     def batch(self, step: int) -> Batch:
         """The global batch of a step: arrays [batch_size, length], sharded over their first axis."""
         return place(self._rows, self.indices(step), self._mesh)
 
-    def position(self) -> dict[str, int]:
+    def position(self) -> dict[str, Any]:
         """Where the stream is: `step` batches were handed out (what was only prepared does not count); and what that number depends on."""
         return {"step": self._step, **self._settings}
 
-    def seek(self, position: dict[str, int]) -> None:
-        """Goes to a position, at no cost. ValueError if it belongs to another stream."""
-        for key, mine in self._settings.items():
-            if key in position and int(position[key]) != mine:
+    def seek(self, position: dict[str, Any]) -> None:
+        """Goes to a position, at no cost. ValueError if it belongs to another stream; one that is a `step` alone belongs to any."""
+        saved = {key: value for key, value in position.items() if key != "step"}
+        for key in saved and {**self._settings, **saved}:
+            if saved.get(key) != self._settings.get(key):
                 raise ValueError(
-                    f"The data position was saved with {key}={int(position[key])}, and here {key}={mine}: the stream is another one. "
-                    f"Use the same data and settings, or begin a new run."
+                    f"The data position was saved with {key}={saved.get(key)}, and here {key}={self._settings.get(key)}: the stream is "
+                    f"another one. Use the same data and settings, or begin a new run."
                 )
         self._step = int(position["step"])
 
@@ -94,12 +100,13 @@ def _check(rows: RowSource, batch_size: int, mesh: Mesh) -> None:
         raise ValueError("The data set has no rows.")
 
 
-def _order(count: int, seed: int) -> Callable[[int], int]:
-    """place in the stream of epochs -> row. grain computes each value of a permutation alone, so nothing is stored."""
+def _epochs(count: int, text: int = 0, *, seed: int) -> Order:
+    """place in the stream of epochs -> row, for each text of a mixture. grain computes each value of a permutation alone: nothing is
+    stored."""
     import grain
 
     # grain counts its seed up at each epoch: with the seeds as they are, epoch 1 of seed 0 would be epoch 0 of seed 1.
-    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    mixed = int(np.random.SeedSequence(seed).generate_state(text + 1)[text])
     stream = grain.MapDataset.range(count).shuffle(seed=mixed).repeat()
     return lambda place: int(stream[place])  # pyright: ignore[reportArgumentType]
 

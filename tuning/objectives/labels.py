@@ -11,22 +11,27 @@ import jax
 import jax.numpy as jnp
 
 from tuning.core.types import Batch, Forward, Loss, Mean
+from tuning.objectives import base as bases
 
 
-def labels(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] = ()) -> Loss:
+def labels(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] = (), base_kl: float = 0.0) -> Loss:
     """Mean over the weighted targets of -log p(class).
 
     label_smoothing  share of the target's probability that is spread over the classes (Szegedy et al., 2016, arXiv:1512.00567)
     class_weights    how much each class counts, as the `weight` of PyTorch's cross_entropy; empty for all alike
-    Returns the measures `loss` (what is lowered), `nll` (nats per target, without the two above), `accuracy` and, if there are two classes,
-    `f1` of the second. ValueError, when it is first called, for a head over one class, and for another number of weights than classes.
+    base_kl          weight of KL(base || tuned) in nats, which counts as much as the target's class (see base.py); for methods that leave
+                     every weight of the base as it is
+    Returns the measures `loss` (what is lowered), `nll` (nats per target, without those above), `accuracy`, `base_kl` if that has a weight
+    and, if there are two classes, `f1` of the second. ValueError, when it is first called, for a head over one class, and for another
+    number of weights than classes.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"objective.label_smoothing={label_smoothing}: it lies in [0, 1).")
     if class_weights and not (all(0 <= weight < math.inf for weight in class_weights) and any(class_weights)):
         raise ValueError(f"objective.class_weights={class_weights}: they are finite, not negative, and not all zero.")
+    bases.check(base_kl)
 
-    def loss(forward: Forward, batch: Batch) -> dict[str, Mean]:
+    def loss(forward: Forward, batch: Batch, base: Forward | None = None) -> dict[str, Mean]:
         hidden_BTD, head, aux = forward(batch)
         log_p_BTC = jax.nn.log_softmax(head(hidden_BTD))
         classes = log_p_BTC.shape[-1]
@@ -40,6 +45,9 @@ def labels(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] = (
         spread_BT = -jnp.einsum("btc,c->bt", log_p_BTC, weight_C, precision="highest") / classes
         share_BT = jnp.einsum("btc,c->bt", own_BTC, weight_C, precision="highest")
         loss_BT = (1 - label_smoothing) * share_BT * nll_BT + label_smoothing * spread_BT
+        before = bases.before(base_kl, base, batch)
+        kl_BT = bases.divergence(before[0](before[1]), log_p_BTC) if before else None
+        loss_BT = loss_BT if kl_BT is None else loss_BT + base_kl * share_BT * kl_BT
         chosen_BT = log_p_BTC.argmax(-1)
         count = batch.weights.sum()
         measures = {
@@ -47,6 +55,8 @@ def labels(*, label_smoothing: float = 0.0, class_weights: tuple[float, ...] = (
             "nll": Mean((nll_BT * batch.weights).sum(), count),
             "accuracy": Mean(((chosen_BT == batch.targets) * batch.weights).sum(), count),
         }
+        if kl_BT is not None:
+            measures["base_kl"] = Mean((kl_BT * batch.weights).sum(), count)
         if classes == 2:
             both = (chosen_BT * batch.targets * batch.weights).sum()  # 2 TP + FP + FN is what was called positive and what is
             measures["f1"] = Mean(2 * both, ((chosen_BT + batch.targets) * batch.weights).sum())

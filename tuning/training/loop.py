@@ -54,7 +54,7 @@ class Train:
 class Eval:
     """config.eval.
 
-    every       steps between evaluations on data.eval; the start and the end are always evaluated. 0 for those two only
+    every       steps between evaluations on data.eval and data.kept; the start and the end are always evaluated. 0 for those two only
     batch_size  sequences at a time; 0 takes that of a training microbatch
     patience    evaluations without a better loss after which the run stops; 0 never stops early
     prompts     texts that are continued greedily at every evaluation, for TensorBoard
@@ -95,7 +95,7 @@ class Job:
 
     step            compiled train step
     learning_rate   step -> float
-    evaluate        state -> {measure: value}, or None without evaluation data
+    evaluate        state -> {measure: value}, with eval/loss among them; or None without evaluation data
     sample          state -> text for TensorBoard, or None
     flops_per_token, peak_flops   of the model and of all devices together; without a known peak no MFU is reported
     """
@@ -118,10 +118,11 @@ class Job:
 def run(job: Job, state: TrainState, memory: dict[str, Any] | None = None) -> tuple[TrainState, dict[str, float]]:
     """Trains from state.step to train.steps; returns the last state and the final values of all measures.
 
-    `memory` is what the checkpoint noted of earlier evaluations (best loss, patience used up). Raises Interrupted after a signal,
-    FloatingPointError where a step's loss or gradient was not finite; in both cases nothing that was saved is harmed.
+    `memory` is what the checkpoint noted of earlier evaluations (best loss, patience used up, losses before the first step). Raises
+    Interrupted after a signal, FloatingPointError where a step's loss or gradient was not finite; in both cases nothing that was saved is
+    harmed.
     """
-    memory = dict(memory or {"best": None, "worse": 0})
+    memory = {"best": None, "worse": 0, "before": {}, **(memory or {})}
     first, last = int(state.step), job.train.steps
     final: dict[str, float] = {}
     clock = Clock(job, first)
@@ -129,7 +130,7 @@ def run(job: Job, state: TrainState, memory: dict[str, Any] | None = None) -> tu
         final |= _evaluate(job, state, 0, memory)
     elif first >= last and job.evaluate:
         job.display.say(f"All {last} steps are made; raise train.steps to go on.")
-        final |= _measures(job.evaluate(state))
+        final |= job.evaluate(state)
     step = first
     with Guard() as guard, job.display, contextlib.closing(iter(job.data)) as batches:
         for step in range(first + 1, last + 1):
@@ -164,6 +165,10 @@ def run(job: Job, state: TrainState, memory: dict[str, Any] | None = None) -> tu
     job.checkpoints.wait()
     if memory["best"] is not None:
         final["best/eval/loss"] = memory["best"]
+    for name, before in memory["before"].items():
+        final[f"before/{name}"] = before
+        if name.endswith("/loss"):
+            job.display.say(f"{name.replace('/', ' ')} {before:.4f} before, {final[name]:.4f} after")
     return state, {"step": step, **final}
 
 
@@ -171,7 +176,9 @@ def _evaluate(job: Job, state: TrainState, step: int, memory: dict[str, Any]) ->
     if job.evaluate is None:
         return {}
     began = time.monotonic()
-    values = _measures(job.evaluate(state))
+    values = job.evaluate(state)
+    if step == 0:
+        memory["before"] = {name: x for name, x in values.items() if name.endswith(("/loss", "/nll")) and math.isfinite(x)}
     better = math.isfinite(values["eval/loss"]) and (memory["best"] is None or values["eval/loss"] < memory["best"])
     memory.update(best=values["eval/loss"] if better else memory["best"], worse=0 if better else memory["worse"] + 1)
     job.writer.write(step, values | {"time/eval_seconds": time.monotonic() - began})
@@ -179,12 +186,9 @@ def _evaluate(job: Job, state: TrainState, step: int, memory: dict[str, Any]) ->
         job.writer.text(step, "samples", job.sample(state))
     shown = f"eval loss {values['eval/loss']:.4f}, perplexity {values['eval/perplexity']:.2f}, accuracy {values['eval/accuracy']:.1%}"
     shown += f", f1 {values['eval/f1']:.3f}" if "eval/f1" in values else ""
+    shown += f"; kept loss {values['kept/loss']:.4f}" if "kept/loss" in values else ""
     job.display.say(f"step {step}: {shown}")
     return values
-
-
-def _measures(measures: dict[str, float]) -> dict[str, float]:
-    return {f"eval/{name}": value for name, value in measures.items()} | {"eval/perplexity": math.exp(min(measures["nll"], 700))}
 
 
 class Clock:

@@ -5,6 +5,7 @@ loss over the tuned leaves -> sums of gradients and weights over microbatches ->
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,28 +13,34 @@ import jax.numpy as jnp
 import optax
 
 from tuning.core import keys, tree
-from tuning.core.types import Batch, Loss, Mean, Means, TrainState, Tree
+from tuning.core.types import Batch, Forward, Loss, Mean, Means, TrainState, Tree
 
 Apply = Callable[..., tuple]  # apply(params, batch, key) -> hidden, head, measures
 
 
 def train_step(
     apply: Apply, loss: Loss, transform: optax.GradientTransformation, *, accumulate: int, clip_norm: float, seed: int,
-    begun: Callable[[Tree, jax.Array], Tree] = lambda gradients, step: gradients,
+    begun: Callable[[Tree, jax.Array], Tree] = lambda gradients, step: gradients, penalty: Callable[[Tree], jax.Array] | None = None,
+    base: Apply | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Means]]:  # fmt: skip
     """(state, batch) -> (state after one update, measures); to be jitted with the state donated.
 
     accumulate  microbatches per update; the update is that of the whole batch
     clip_norm   largest global norm of the gradient of the tuned leaves; 0 leaves it alone
     begun       (gradients, step) -> the gradients, 0 where a leaf does not learn yet: those count for no norm
+    penalty     (tuned leaves) -> what is added to the loss that is lowered; reported apart, as `penalty`
+    base        (parameters, batch) -> what the model said before it was tuned, from the leaves that do not learn alone
     Measures besides the objective's: grad_norm (before clipping), tokens (padding not counted), and finite: 0 for a step whose loss or
     gradient is not finite, which changes nothing but the step counter.
     """
 
     def sums(tuned: Tree, frozen: Tree, batch: Batch, key: jax.Array) -> tuple[Tree, Means]:
         def total(tuned):
-            means = loss(lambda piece: apply(tree.merge(tuned, frozen), piece, key), batch)
-            return means["loss"].total, means
+            means = loss(lambda piece: apply(tree.merge(tuned, frozen), piece, key), batch, _bound(base, frozen))
+            if penalty is None:
+                return means["loss"].total, means
+            share = Mean(penalty(tuned) * (weight := means["loss"].weight), weight)
+            return means["loss"].total + share.total, {**means, "penalty": share}
 
         return jax.grad(total, has_aux=True)(tuned)
 
@@ -79,13 +86,17 @@ def microbatches(batch: Batch, count: int) -> Batch:
     return jax.tree.map(deal, batch)
 
 
-def eval_step(apply: Apply, loss: Loss) -> Callable[[Tree, Batch], Means]:
+def eval_step(apply: Apply, loss: Loss, base: Apply | None = None) -> Callable[[Tree, Batch], Means]:
     """(params, batch) -> measures, without dropout; sums that may be added over batches."""
 
     def step(params: Tree, batch: Batch) -> Means:
-        return loss(lambda piece: apply(params, piece, None), batch)
+        return loss(lambda piece: apply(params, piece, None), batch, _bound(base, params))
 
     return step
+
+
+def _bound(base: Apply | None, params: Tree) -> Forward | None:
+    return None if base is None else functools.partial(base, params)
 
 
 def evaluate(step: Callable[[Tree, Batch], Means], params: Tree, batches) -> dict[str, float]:
