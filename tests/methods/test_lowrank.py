@@ -101,11 +101,6 @@ def twin(ours, config, settings, **more):
             layer.weight.copy_(tensor(ours.base[f"{site.role}/kernel"][0].T))
             layer.bias.copy_(tensor(ours.base[f"{site.role}/bias"][0]))
     wrapped = peft.get_peft_model(model, config(target_modules=["q", "down"], **settings, **more))
-    if isinstance(settings_of := wrapped.peft_config["default"], peft.VeraConfig):
-        a_DR, b_RF = Shared(48, 32, settings_of.r, 0).draw()
-        with torch.no_grad():
-            wrapped.base_model.vera_A["default"].copy_(tensor(a_DR.T))
-            wrapped.base_model.vera_B["default"].copy_(tensor(b_RF.T))
     return {site.role: wrapped.base_model.model[site.role.split("/")[1]].eval() for site in SITES}
 
 
@@ -267,7 +262,7 @@ def test_veras_projections_are_shared_and_no_leaves():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("lora", {"init": "loftq"}, "init='loftq' is not one of default, gaussian, orthogonal, pissa, olora"),
+        ("lora", {"init": "eva"}, "init='eva' is not one of default, gaussian, orthogonal, pissa, olora, loftq"),
         ("lora", {"init": "orthogonal", "rank": 3}, "that of attn/q is 3: set an even one"),
         ("lora", {"init": "pissa", "rank": 25}, r"kernel \(24, 32\) \(attn/q\) has no 25 directions"),
         ("lora", {"ranks": ("q",)}, "ranks: 'q' is not a role and a number; write for example attn/q=8"),

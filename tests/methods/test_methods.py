@@ -12,7 +12,8 @@ from tuning.models.transformer import TransformerConfig
 
 # One way to call each method; a new entry of the table needs one here, and gets every test below.
 SETTINGS = {
-    "full": {}, "partial": {"last_layers": 2}, "lora": {"rank": 4}, "vera": {}, "loha": {"rank": 4}, "lokr": {"rank": 4}, "ia3": {},
+    "full": {}, "partial": {"last_layers": 2}, "lora": {"rank": 4},
+    "adalora": {"init_rank": 4, "target_rank": 3, "alpha": 100.0}, "vera": {}, "loha": {"rank": 4}, "lokr": {"rank": 4}, "ia3": {},
     "bottleneck": {"width": 8}, "prompt": {"length": 4}, "p_tuning": {"length": 4, "hidden": 8}, "prefix": {"length": 4},
     "tokens": {"ids": (5, 7, 11)},
 }  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,13 @@ import numpy as np
 
 from tuning.core import mesh, tree
 from tuning.core.types import Tree
-from tuning.hub import files, names
+from tuning.hub import files, names, peft_saved, peft_targets, peft_tied
 from tuning.hub.names import Table
-from tuning.hub.peft_kinds import CONFIG, KINDS, Kind, Leaves, Projections, ends, projections, spell, targeted, whole
-from tuning.nn import stack
+from tuning.hub.peft_kinds import BASE, CONFIG, KINDS, PREFIX, Kind, Leaves, ends, whole
+from tuning.methods import kernels
 from tuning.nn.sites import Outline
 
-STEM, PREFIX, PACKED = "adapter_model", "base_model.model.", "prompt_embeddings"
+STEM, PACKED = "adapter_model", "prompt_embeddings"
 ROWS = "token_adapter.trainable_tokens_delta"  # [N, D], the rows themselves and not differences
 
 TASKS = {"SEQ_CLS": "sequence_classification", "TOKEN_CLS": "token_classification", "QUESTION_ANS": "question_answering"}
@@ -41,7 +41,7 @@ class Settings(NamedTuple):
 
     method  the config of the method that its values belong to, with its name
     added   (first id, N) of trained rows of added tokens; (0, 0) without
-    saved   leaves of a head that it brings along
+    saved   leaves of the base, or of a new head, that it brings along: they learned beside the adapter
     """
 
     method: dict[str, Any]
@@ -65,8 +65,8 @@ def write(
 ) -> Path:
     """Writes the directory that `PeftModel.from_pretrained` reads, and reads it back to see that it holds the same.
 
-    leaves      the adapters, `blocks/0-15/attn/q/adapter/a`; the rows of added tokens, `embed/added` and `head/added` [N, D]; the leaves
-                of a new head, if the task_type is that of one
+    leaves      the adapters, `blocks/0-15/attn/q/adapter/a`; the rows of added tokens, `embed/added` and `head/added` [N, D]; what else
+                learned, of the base or of a new head: all leaves of a module
     outline     the network's places; all layers that have an adapted place must have the adapter
     method      the config of the method that they belong to
     added       (first id, N) of the added tokens. PEFT needs a base with that many rows: `model.resize_token_embeddings(first + N)`
@@ -79,19 +79,23 @@ def write(
     flat = {name: value if isinstance(value, np.ndarray) else mesh.gather(value) for name, value in tree.flatten(leaves).items()}
     peft_type = type_of(method["name"])
     kind = KINDS[peft_type]
+    method, flat = kind.plain(method, flat)
+    peft_tied.check_writable(kind, flat, table, copies)
     task_type = (task_type or "FEATURE_EXTRACTION") if kind.pack else task_type
-    tensors = _tensors(kind, flat, table, 2 if task_type == "SEQ_2_SEQ_LM" else 1, copies)
+    sides = 2 if task_type == "SEQ_2_SEQ_LM" else 1
+    tensors = _tensors(kind, flat, table, sides, copies)
     config = {
         "peft_type": peft_type, "task_type": task_type, "base_model_name_or_path": base_model, "revision": revision,
         "inference_mode": True, **kind.constant, **{key: whole(method[ours]) for key, (ours, _) in kind.keys.items() if ours in method},
     }  # fmt: skip
-    if top := _own(flat, "head"):
-        config["modules_to_save"] = _modules_to_save(top, task_type, table)
+    if beside := _own(flat, "base"):
+        config["modules_to_save"] = _modules_to_save(kind, beside, tensors, task_type, table, outline)
+        config |= {"ensure_weight_tying": True} if copies and "embed/table" in beside and kind.lookups else {}
     if kind.pack:
-        sides = 2 if task_type == "SEQ_2_SEQ_LM" else 1
         config |= {"num_attention_heads": heads, "num_transformer_submodules": sides, **kind.pack.tell(_own(flat, "adapter"))}
     else:
-        config |= _tell(kind, method, flat, table, outline)
+        common, said = peft_targets.tell(kind, method, _own(flat, "adapter"), table, outline)
+        tensors, config = {**tensors, **common}, {**config, **said}
     if added[1]:
         config["trainable_token_indices"] = _token_indices(flat, tensors, added)
     if jax.process_index() != 0:
@@ -122,13 +126,23 @@ def settings(directory: Path, table: Table, outline: Outline) -> Settings:
     """
     raw = read_config(directory)
     kind, tensors = KINDS[raw["peft_type"]], files.Tensors(directory, STEM)
-    modules, rows, saved = _sort(tensors, kind, raw, table, directory)
+    modules, rows, saved = _sort(tensors, kind, raw, table, outline.leaves, directory)
     method: dict[str, Any] = {"name": kind.reads_as or kind.method}
     method |= {ours: _value(directory, raw, key, default) for key, (ours, default) in kind.keys.items()}
     if not kind.pack:
-        net = projections(outline.embeds if kind.embed else outline.sites, table)
-        roles = _roles(modules, net, raw, directory)
-        method |= {**({} if kind.embed else {"targets": roles}), **kind.hear(raw, roles, net)}
+        net = peft_targets.network(kind, outline, table)
+        roles = peft_targets.hear(kind, modules, net, raw, directory)
+        method |= {**({"targets": roles} if kind.parts else {}), **kind.hear(raw, roles, net)}
+        for name, value in zip(kind.common, kind.draw(method, roles, net), strict=True):
+            if name in tensors and not np.allclose(tensors.read(name), value, rtol=1e-6, atol=1e-7):
+                raise ValueError(
+                    f"{directory}: {name} is not what projection_prng_key={method['projection_seed']} gives here, and it is no leaf that "
+                    "could be read. Fold the adapter into its base with peft (merge_and_unload)."
+                )
+        if kind.parts:
+            peft_tied.check_encoder(roles, saved, outline, directory)
+    if saved:
+        method["also"] = tuple(f"^{re.escape(leaf)}$" for leaf in saved)
     said = raw.get("trainable_token_indices")
     if bool(said) != bool(rows):
         raise ValueError(
@@ -137,10 +151,16 @@ def settings(directory: Path, table: Table, outline: Outline) -> Settings:
     return Settings(method, _added(said, directory), saved)
 
 
-def saved(directory: Path, table: Table) -> tuple[str, ...]:
-    """The leaves of a head that a directory brings along."""
+def saved(directory: Path, table: Table, leaves: Iterable[str]) -> tuple[str, ...]:
+    """Those of a network's leaves that a directory brings along beside the adapter."""
     raw = read_config(directory)
-    return _sort(files.Tensors(directory, STEM), KINDS[raw["peft_type"]], raw, table, directory)[2]
+    base = [name for name in leaves if "/adapter/" not in name]
+    return _sort(files.Tensors(directory, STEM), KINDS[raw["peft_type"]], raw, table, base, directory)[2]
+
+
+def check_base(directory: Path, table: Table, leaves: Iterable[str], of_base: Callable[[str], jax.Array]) -> None:
+    """ValueError if a directory holds an embedding or an output, under its adapter there, that is not this base's: `of_base(leaf)`."""
+    peft_tied.check_base(directory, files.Tensors(directory, STEM), table, leaves, of_base)
 
 
 def read(directory: Path, abstract: Tree, table: Table) -> Tree:
@@ -149,16 +169,17 @@ def read(directory: Path, abstract: Tree, table: Table) -> Tree:
     ValueError that lists missing, left-over and misshaped tensors.
     """
     raw = read_config(directory)
-    kind, tensors, want = KINDS[raw["peft_type"]], files.Tensors(directory, STEM), tree.flatten(abstract)
+    kind, want = KINDS[raw["peft_type"]], tree.flatten(abstract)
+    tensors = kind.opened(raw, files.Tensors(directory, STEM))
     blank = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in want.items()}
     sides = raw.get("num_transformer_submodules") or (2 if raw.get("task_type") == "SEQ_2_SEQ_LM" else 1)
     own = _own(blank, "adapter")
     for key, value in kind.pack.tell(own).items() if kind.pack else ():
         if raw.get(key) not in (None, value):
             raise ValueError(f"{directory / CONFIG}: {key}={raw[key]!r}, and it is {value} in this network.")
-    copies = [found[0] for name in tensors if kind.embed and (found := _split(name, kind))]
+    copies = peft_tied.copies(kind, tensors, want, table)
     expected = {name: value.shape for name, value in _tensors(kind, blank, table, sides, copies).items()}
-    _fits(directory, tensors, expected)
+    _fits(directory, tensors, expected, kind.common)
     values = kind.pack.read(tensors.read(PACKED), own) if kind.pack else {}
     for leaf, target in want.items():
         if leaf not in values:
@@ -166,19 +187,16 @@ def read(directory: Path, abstract: Tree, table: Table) -> Tree:
             back = part.read if part else (lambda x, turn=place.transposed: x.T if turn else x)
             values[leaf] = np.stack([back(tensors.read(name)) for name in place.tensors])
         values[leaf] = values[leaf].reshape(target.shape).astype(target.dtype)
-    if kind.embed:  # PEFT stores them once for each module that shares the embedding
-        (leaf,) = own
-        for name in tensors:
-            if _split(name, kind) and not np.array_equal(tensors.read(name).astype(want[leaf].dtype), values[leaf]):
-                raise ValueError(f"{directory}: {name} has other rows than the embedding.")
+    if copies:
+        peft_tied.check_values(directory, tensors, _tensors(kind, values, table, sides, copies), copies)
     return tree.unflatten(values)
 
 
-def _fits(directory: Path, tensors: files.Tensors, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _fits(directory: Path, tensors: files.Tensors, expected: Mapping[str, tuple[int, ...]], common: Sequence[str]) -> None:
     wrong = [f"{n} {tensors.shape(n)}, expected {shape}" for n, shape in expected.items() if n in tensors and tensors.shape(n) != shape]
     kinds = {
         "missing": [n for n in expected if n not in tensors],
-        "unmatched": [n for n in tensors if n not in expected],
+        "unmatched": [n for n in tensors if n not in (*expected, *common) and BASE not in n],
         "wrong shape": wrong,
     }
     if any(kinds.values()):
@@ -231,7 +249,7 @@ def type_of(method: str) -> str:
 
 
 def _own(leaves: Leaves, what: str) -> dict[str, Any]:
-    """The leaves of the adapter, or those of the head."""
+    """The leaves of the adapter, or those of the base and of a head."""
     return {name: x for name, x in leaves.items() if name not in names.ADDED and ("/adapter/" in name) == (what == "adapter")}
 
 
@@ -248,8 +266,10 @@ def _tensors(kind: Kind, leaves: Leaves, table: Table, sides: int, copies: Itera
         for index, name in zip(np.ndindex(*place.lead), place.tensors, strict=True):
             one = part.write(value[index], role) if part else value[index].T if place.transposed else value[index]
             tensors[name] = np.ascontiguousarray(one)
-            if part and kind.embed:
-                tensors |= {f"{PREFIX}{module}.{part.ending}": tensors[name] for module in copies}
+            if part and part.tied:
+                tensors |= {f"{PREFIX}{module}.{part.tied}": np.ascontiguousarray(value) for module in copies}
+            if leaf == "embed/table":
+                tensors |= {f"{PREFIX}{module}.weight": tensors[name] for module in copies}
     return {PACKED: np.ascontiguousarray(kind.pack.write(own, sides)), **tensors} if kind.pack else tensors
 
 
@@ -265,108 +285,78 @@ def _place(kind: Kind, leaf: str, shape: Sequence[int], table: Table):
         place = names.place(leaf, shape, table)
         return names.Place(tuple(prefix + name for name in place.tensors), place.lead, place.transposed), None
     module, _, name = leaf.rpartition("/adapter/")
-    if name not in kind.parts:
-        raise ValueError(f"The leaf {leaf} is not {kind.method}'s, whose adapters hold {', '.join(kind.parts)}.")
-    base = names.place(f"{module}/{'table' if kind.embed else 'kernel'}", shape[:3], table)
+    parts = kind.lookups if module == "embed" else kind.parts
+    if name not in parts:
+        raise ValueError(f"The leaf {leaf} is not {kind.method}'s, whose adapters hold {', '.join(parts)}.")
+    base = names.place(kernels.kernel_of(module), shape[:3], table)
     if not base.tensors[0].endswith(".weight"):
         raise ValueError(f"PEFT has no adapter for {base.tensors[0]}: use --format=hf --merge.")
-    if not (base.transposed or kind.conv or kind.embed):
+    if not (base.transposed or kind.conv or module == "embed"):
         raise ValueError(f"PEFT has no {kind.method} for {base.tensors[0]}, which is no nn.Linear there. Use --format=hf --merge.")
-    part = kind.parts[name]
+    part = parts[name]
     return names.Place(tuple(f"{prefix}{x.removesuffix('weight')}{part.ending}" for x in base.tensors), base.lead, base.transposed), part
 
 
-def _sort(tensors: files.Tensors, kind: Kind, raw: Mapping[str, Any], table: Table, directory: Path):
-    """(adapted modules, modules with rows of added tokens, leaves of a head). ValueError for a tensor that is none of these."""
-    saved_as = {
-        place.tensors[0]: row.leaf for row in table if row.leaf.startswith("head/") for place in [_place(kind, row.leaf, (), table)[0]]
-    }
-    modules, rows, saved, strange = set(), set(), [], []
+def _sort(tensors: files.Tensors, kind: Kind, raw: Mapping[str, Any], table: Table, leaves: Sequence[str], directory: Path):
+    """(adapted modules, modules with rows of added tokens, leaves of the base or a head). ValueError for a tensor that is none of these."""
+    prefix = PREFIX.removesuffix("model.") if kind.pack else PREFIX
+    output = peft_tied.output(leaves, table)
+    base = {tensor for leaf in leaves for tensor in peft_saved.published(leaf, table)} | {f"{output}.weight"}
+    modules, rows, held, strange = set(), set(), set(), []
     for name in tensors:
         found = _split(name, kind)
-        if name in saved_as:
-            saved.append(name)
+        if name.removeprefix(prefix) in base:
+            held.add(name.removeprefix(prefix))
         elif found:
             (rows if found[1] == ROWS else modules).add(found[0])
-        elif name != PACKED or not kind.pack:
+        elif not (kind.pack and name == PACKED) and not (kind.lookups and BASE in name) and name not in kind.common:
             strange.append(name)
     if strange:
-        form = PACKED if kind.pack else f"{PREFIX}model.layers.0.self_attn.q_proj.{next(iter(kind.parts.values())).ending}"
+        form = (
+            PACKED if kind.pack else f"{PREFIX}model.layers.0.self_attn.q_proj.{next(iter((kind.parts or kind.lookups).values())).ending}"
+        )
         raise ValueError(
             f"{directory} has tensors that are no part of a {raw['peft_type']} adapter: {tree.listing(strange)}. Names have the form "
             f"{form}; PEFT would load others as if they were not there."
         )
-    task = "" if kind.embed else raw.get("task_type") or ""  # PEFT has no modules_to_save with trained rows
-    if task in TASKS and not saved:
-        raise ValueError(f"{directory / CONFIG}: task_type={task!r}, and the file has no head of this network.")
+    task = (raw.get("task_type") or "") if kind.parts or kind.pack else ""  # PEFT has no modules_to_save with trained rows
     told = (*(raw.get("modules_to_save") or ()), *SAVED.get(task, ()))
-    for name in saved_as:
-        named = any(ends(module, told) for module in _above(name))
-        if named != (name in saved) and not (named and name.endswith(".bias")):  # which a projection may lack
-            has = "is in the file, and not named by it" if name in saved else "is named by it, and not in the file"
-            raise ValueError(f"{directory / CONFIG}: modules_to_save={json.dumps(raw.get('modules_to_save'))}: {name} {has}.")
-    return modules, rows, tuple(saved_as[name] for name in saved)
+    try:
+        saved = peft_saved.saved(held, told, leaves, table)
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG}: modules_to_save={json.dumps(raw.get('modules_to_save'))}: {error}") from None
+    peft_tied.check_saved(output, held, saved, raw, directory)
+    if task in TASKS and not any(leaf.startswith("head/") for leaf in saved):
+        raise ValueError(f"{directory / CONFIG}: task_type={task!r}, and the file has no head of this network.")
+    return modules, rows, saved
 
 
 def _split(tensor: str, kind: Kind) -> tuple[str, str] | None:
     """(`model.layers.0.self_attn.q_proj`, ending) of one of a module's tensors; None for a name that is not this kind's."""
-    for ending in (*(part.ending for part in kind.parts.values()), *([ROWS] if kind.rows else [])):
+    parts = [*kind.parts.values(), *kind.lookups.values()]
+    for ending in (*(part.ending for part in parts), *([ROWS] if kind.rows else [])):
         if tensor.startswith(PREFIX) and tensor.endswith(f".{ending}"):
             return tensor[len(PREFIX) : -len(ending) - 1], ending
     return None
 
 
-def _above(tensor: str) -> list[str]:
-    """The modules that a tensor of the file lies in, as PEFT names them."""
-    path = tensor.removeprefix(PREFIX).removeprefix("base_model.").split(".")[:-1]
-    return [".".join(path[: i + 1]) for i in range(len(path))]
+def _modules_to_save(
+    kind: Kind, leaves: Leaves, tensors: Iterable[str], task_type: str | None, table: Table, outline: Outline
+) -> list[str]:  # fmt: skip
+    """The modules of leaves of the base or of a head."""
+    top = [leaf for leaf in leaves if leaf.startswith("head/") and task_type in TASKS]
+    paths = [peft_saved.above(peft_saved.published(leaf, table)[0]) for leaf in top]
+    heads = {next((module for module in path if ends(module, SAVED[task_type])), path[-1]) for path in paths if task_type}
+    if not (others := [leaf for leaf in leaves if leaf not in top]):
+        return sorted(heads)
+    if not kind.parts:
+        raise ValueError(f"PEFT trains nothing else with {kind.method}, and here {tree.listing(others)} learned. Use --format=hf.")
+    adapted = {found[0] for name in tensors if (found := _split(name, kind))}
+    output = peft_tied.output(outline.leaves, table) if "embed/table" in leaves else ""
+    return sorted({*heads, *peft_saved.spell(others, outline.leaves, adapted, table), *([output] if output else [])})
 
 
-def _modules_to_save(leaves: Leaves, task_type: str | None, table: Table) -> list[str]:
-    """The modules of a head's leaves."""
-    if task_type not in TASKS:
-        raise ValueError(f"PEFT keeps no new head of task_type={task_type!r} ({tree.listing(leaves)}). Use --format=hf --merge.")
-    paths = [_above(names.place(leaf, x.shape, table).tensors[0]) for leaf, x in leaves.items()]
-    return sorted({next((module for module in path if ends(module, SAVED[task_type])), path[-1]) for path in paths})
-
-
-# Modules.
-
-
-def _tell(kind: Kind, method: Mapping[str, Any], leaves: Leaves, table: Table, outline: Outline) -> dict[str, Any]:
-    """What adapter_config.json says of the adapted modules. ValueError unless all layers that could have an adapter have it."""
-    net = projections(outline.embeds if kind.embed else outline.sites, table)
-    places: dict[str, set[int]] = {}
-    for leaf in _own(leaves, "adapter"):
-        role, layers = stack.apart(leaf.partition("/adapter/")[0])
-        places.setdefault(role, set()).update(layers or ())
-    if short := {role: sorted(has) for role, has in places.items() if tuple(sorted(has)) != net.layers.get(role)}:
-        raise ValueError(f"An adapter for PEFT must be in all layers that have its place; layers that have it: {short}.")
-    roles = [role for role in net.modules if role in places]
-    conv = not any(row.transposed for row in table if row.leaf.removesuffix("/kernel") in roles)
-    said = {"fan_in_fan_out": conv} if kind.conv and not kind.embed else {}
-    return {"target_modules": spell(roles, net), **said, **kind.tell(method, roles, net, _own(leaves, "adapter"))}
-
-
-def _roles(modules: set[str], net: Projections, raw: Mapping[str, Any], directory: Path) -> tuple[str, ...]:
-    """The adapted roles. ValueError for a module that the network does not have, or that target_modules names wrongly."""
-    said, of = raw.get("target_modules"), {module: role for role in net.modules for module in net.paths(role)}
-    left = modules - of.keys()
-    if "embed" in net.modules:  # PEFT stores copies for modules that share its weights, which are no targets
-        left = {module for module in left if targeted(module, said)}
-    if left:
-        raise ValueError(f"Adapters on modules that are not projections of this network's layers: {tree.listing(sorted(left))}.")
-    for module, role in of.items():
-        if targeted(module, said) != (module in modules):
-            has = "tensors, and is not named by it" if module in modules else "no tensors, and is named by it"
-            raise ValueError(f"{directory / CONFIG}: target_modules={json.dumps(said)}: {module} ({role}) has {has}.")
-    roles = tuple(role for role in net.modules if any(module in modules for module in net.paths(role)))
-    for role in roles:
-        if missing := [module for module in net.paths(role) if module not in modules]:
-            raise ValueError(f"{directory} has adapters in some layers only; all layers need one here. Missing: {tree.listing(missing)}.")
-    if not roles:
-        raise ValueError(f"There is no adapter in {directory}.")
-    return roles
+# Modules with rows of added tokens.
 
 
 def _token_indices(flat: Leaves, tensors: Iterable[str], added: tuple[int, int]) -> dict[str, list[int]]:

@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tuning.hub.files import Tensors
 from tuning.hub.names import Table
+from tuning.hub.peft_adalora import Grown
 from tuning.methods import kernels
 from tuning.methods.ia3 import inside
+from tuning.methods.lora import FROM_KERNEL
+from tuning.methods.vera import Shared
 from tuning.nn import stack
 from tuning.nn.sites import Site
 
@@ -27,19 +31,25 @@ class Projections(NamedTuple):
     sites    by role; the layers that have it are in `layers`
     modules  {role: module, with `{layer}`}
     others   the network's other modules, `{layer}` and `{expert}` in them
+    tied     the module of an output that is the embedding, which an adapter of the embedding changes too; or ""
     """
 
     sites: dict[str, Site]
     layers: dict[str, tuple[int, ...]]
     modules: dict[str, str]
     others: tuple[str, ...]
+    tied: str = ""
 
     def paths(self, role: str) -> list[str]:
         """The role's modules, one for each layer that has it."""
         return [self.modules[role].format(layer=i) for i in self.layers[role]] or [self.modules[role]]
 
+    def changed(self, role: str) -> list[str]:
+        """Those, and the output where the embedding is it."""
+        return [*self.paths(role), *([self.tied] if self.tied and role == "embed" else [])]
 
-def projections(sites: Iterable[Site], table: Table) -> Projections:
+
+def projections(sites: Iterable[Site], table: Table, tied: str = "") -> Projections:
     """The places that `sites` are, by the family's table: projections, or the embedding."""
     sites = tuple(sites)
     rows = {
@@ -51,7 +61,7 @@ def projections(sites: Iterable[Site], table: Table) -> Projections:
     layers = {role: tuple(sorted({i for site in sites if site.role == role for i in site.layers})) for role in of}
     named = {role: rows[role].removesuffix(".weight") for role in of}
     others = {row.tensor.rpartition(".")[0] for row in table} - set(named.values())
-    return Projections(of, layers, named, tuple(sorted(others)))
+    return Projections(of, layers, named, tuple(sorted(others)), tied)
 
 
 # Naming modules.
@@ -94,11 +104,13 @@ class Part(NamedTuple):
     ending  of its name
     write   (one layer's values, role) -> those of the file
     read    those of the file -> the layer's values, in any shape
+    tied    the ending at a tied output, where the values stand as we hold them
     """
 
     ending: str
     write: Callable[[np.ndarray, str], np.ndarray] = lambda x, role: x.T
     read: Callable[[np.ndarray], np.ndarray] = np.transpose
+    tied: str = ""
 
 
 class Pack(NamedTuple):
@@ -119,12 +131,15 @@ class Kind(NamedTuple):
 
     method    our name of it; reads_as, the method that it is read as, where that is another one
     keys      {key: (ours, what PEFT takes where it is absent)}
-    parts     {last part of a leaf's name: its tensor}, of methods that stand at modules; pack, of the others
-    embed     whether the module is the embedding; else they are projections
+    parts     {last part of a leaf's name: its tensor}, of methods that stand at projections
+    lookups   the same at the embedding; pack, of methods that stand at no module
     rows      whether rows of added tokens go with it
     conv      whether PEFT also has it for the layers of GPT-2, which are no nn.Linear
     said      further keys that are read; neutral, {key: values with which it changes nothing}; inert, keys that never do
     constant  what is written besides
+    common    tensors of no module, which follow from the method's config: draw(method's config, roles, net)
+    plain     (method's config, leaves) -> the same as PEFT has it
+    opened    (adapter_config.json, the file's tensors) -> them as they are read
     tell      (method's config, roles, net, the adapter's leaves) -> keys of adapter_config.json
     hear      (adapter_config.json, roles, net) -> keys of the method's config
     """
@@ -132,15 +147,19 @@ class Kind(NamedTuple):
     method: str
     keys: Mapping[str, tuple[str, Any]]
     parts: Mapping[str, Part] = {}
+    lookups: Mapping[str, Part] = {}
     pack: Pack | None = None
     reads_as: str = ""
-    embed: bool = False
     rows: bool = False
     conv: bool = True
     said: tuple[str, ...] = ()
     neutral: Mapping[str, tuple] = {}
     inert: tuple[str, ...] = ()
     constant: Mapping[str, Any] = {}
+    common: tuple[str, ...] = ()
+    draw: Callable[[Config, Iterable[str], Projections], tuple[np.ndarray, ...]] = lambda method, roles, net: ()
+    plain: Callable[[Config, Leaves], tuple[Config, Leaves]] = lambda method, leaves: (method, leaves)
+    opened: Callable[[Config, Tensors], Any] = lambda raw, tensors: tensors
     tell: Callable[[Config, Sequence[str], Projections, Leaves], dict[str, Any]] = lambda method, roles, net, leaves: {}
     hear: Callable[[Config, Sequence[str], Projections], dict[str, Any]] = lambda raw, roles, net: {}
 
@@ -163,17 +182,17 @@ def _tell_loha(method: Config, roles: Sequence[str], net: Projections, leaves: L
     return {}
 
 
+def _tell_adalora(method: Config, roles: Sequence[str], net: Projections, leaves: Leaves) -> dict[str, Any]:
+    _check_ranks(leaves, "e", {role: method["init_rank"] for role in roles})
+    return {}
+
+
 # LoRA: numbers by role.
 
 BY_ROLE = {"rank_pattern": ("r", "rank", "ranks", int), "alpha_pattern": ("lora_alpha", "alpha", "alphas", float)}
 
 
 def _tell_lora(method: Config, roles: Sequence[str], net: Projections, leaves: Leaves) -> dict[str, Any]:
-    if method.get("init") in ("pissa", "olora"):
-        raise ValueError(
-            f"method.init={method['init']!r} moved a part of the kernels into the adapter, and PEFT would add it to whole ones. "
-            "Use --format=hf --merge."
-        )
     experts = {module.rpartition(".")[2] for module in net.others if "{expert}" in module}
     if clash := [role for role in roles if net.modules[role].rpartition(".")[2] in experts]:
         raise ValueError(
@@ -186,7 +205,26 @@ def _tell_lora(method: Config, roles: Sequence[str], net: Projections, leaves: L
             _check_ranks(leaves, "a", values)
         spelled = {role: spell([role], net) for role, value in values.items() if value != method[one]}
         told[key] = {said if isinstance(said, str) else said[0]: whole(values[role]) for role, said in spelled.items()}
+        if net.tied and "embed" in spelled:
+            told[key][net.tied] = whole(values["embed"])
     return told
+
+
+def _plain_lora(method: Config, leaves: Leaves) -> tuple[Config, Leaves]:
+    """What started from the kernels' own directions as a LoRA of twice the rank: [A, A0] [B; -B0] is A B - A0 B0. alpha keeps the scale."""
+    if method.get("init") not in FROM_KERNEL:
+        return method, leaves
+    more = {"rank": 2, "alpha": 2**0.5 if method["rank_stabilized"] else 2}
+    said = dict(method, init="default", rank=2 * method["rank"], alpha=more["alpha"] * method["alpha"])
+    for _, one, many, kind in BY_ROLE.values():
+        pairs = (entry.rpartition("=") for entry in method.get(many, ()))
+        said[many] = tuple(f"{pattern}={kind(text) * more[one]}" for pattern, _, text in pairs)
+    joined = dict(leaves)
+    for name in [name for name in leaves if name.endswith("/adapter/a0")]:
+        place = name.removesuffix("a0")
+        a, b = ((leaves[f"{place}{part}"], joined.pop(f"{place}{part}0")) for part in "ab")
+        joined |= {f"{place}a": np.concatenate(a, axis=-1), f"{place}b": np.concatenate([b[0], -b[1]], axis=-2)}
+    return said, joined
 
 
 def _hear_lora(raw: Config, roles: Sequence[str], net: Projections) -> dict[str, Any]:
@@ -197,11 +235,19 @@ def _hear_lora(raw: Config, roles: Sequence[str], net: Projections) -> dict[str,
         def of(module: str, patterns=patterns, default=default) -> Any:
             return next((value for said, value in patterns.items() if re.match(rf"(.*\.)?({said})$", module)), default)
 
-        values = {role: {of(module) for module in net.paths(role)} for role in roles}
+        values = {role: {of(module) for module in net.changed(role)} for role in roles}
         if uneven := {role: sorted(found) for role, found in values.items() if len(found) > 1}:
             raise ValueError(f"{CONFIG}: {key}={patterns!r} differs among the layers of {uneven}; here they must share it.")
         heard[many] = tuple(f"{role}={found}" for role, (found,) in values.items() if found != default)
     return heard
+
+
+# VeRA: the projections that all modules share.
+
+
+def _draw_vera(method: Config, roles: Iterable[str], net: Projections) -> tuple[np.ndarray, ...]:
+    inputs, outputs = zip(*(net.sites[role].shape for role in roles), strict=True)
+    return tuple(x.T for x in Shared(max(inputs), max(outputs), method["rank"], method["projection_seed"]).draw())
 
 
 # IA3: what is scaled, a projection's input or its output.
@@ -271,7 +317,8 @@ def _hear_ids(raw: Config, roles: Sequence[str], net: Projections) -> dict[str, 
     return {"ids": tuple(ids)}
 
 
-CONFIG = "adapter_config.json"
+CONFIG, PREFIX = "adapter_config.json", "base_model.model."
+BASE = ".base_layer."  # what PEFT writes again of the base where it adapts the embedding or the output
 PREFIX_LEAVES = ("attn/adapter/keys", "attn/adapter/values")
 LENGTH = {"num_virtual_tokens": ("length", 0)}
 SIZES = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
@@ -290,11 +337,34 @@ KINDS: dict[str, Kind] = {
             "use_dora": ("dora", False),
         },
         {"a": Part("lora_A.weight"), "b": Part("lora_B.weight"), "magnitude": Part("lora_magnitude_vector")},
-        rows=True, said=(*TARGETS, "trainable_token_indices", *BY_ROLE),
+        {"a": Part("lora_embedding_A", tied="lora_B.weight"), "b": Part("lora_embedding_B", tied="lora_A.weight")},
+        rows=True, said=(*TARGETS, "trainable_token_indices", "ensure_weight_tying", *BY_ROLE),
         # The other ways to start change the base's weights too.
         neutral={"init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"), "bias": ("none",)},
         inert=("megatron_core", "qalora_group_size", "layers_pattern"), constant={"bias": "none", "init_lora_weights": True},
-        tell=_tell_lora, hear=_hear_lora,
+        plain=_plain_lora, tell=_tell_lora, hear=_hear_lora,
+    ),
+    "VERA": Kind(
+        "vera", {"r": ("rank", 256), "d_initial": ("d_initial", 0.1), "vera_dropout": ("dropout", 0.0)},
+        {name: Part(f"vera_{name}") for name in ("lambda_d", "lambda_b")},
+        said=(*TARGETS, "projection_prng_key"), neutral={"bias": ("none",)},
+        inert=("layers_pattern", "init_weights", "save_projection"), constant={"bias": "none", "save_projection": True},
+        common=("base_model.vera_A", "base_model.vera_B"), draw=_draw_vera,
+        tell=lambda method, roles, net, leaves: {"projection_prng_key": method["projection_seed"]},
+        hear=lambda raw, roles, net: {"projection_seed": raw.get("projection_prng_key", 0)},
+    ),
+    "ADALORA": Kind(
+        "adalora",
+        {
+            "init_r": ("init_rank", 12), "target_r": ("target_rank", 8), "lora_alpha": ("alpha", 8.0), "lora_dropout": ("dropout", 0.0),
+            "deltaT": ("every", 1), "beta1": ("beta1", 0.85), "beta2": ("beta2", 0.85), "orth_reg_weight": ("orthogonal", 0.5),
+        },
+        {"a": Part("lora_A"), "e": Part("lora_E", lambda x, role: x[:, None], np.ravel), "b": Part("lora_B")},
+        said=(*TARGETS, "rank_pattern"), neutral={"bias": ("none",)},
+        # When ranks are pruned says nothing about those that are left; PEFT reads no directory without it.
+        inert=("tinit", "tfinal", "total_step", "r", "init_lora_weights", "megatron_core", "qalora_group_size", "layers_pattern"),
+        constant={"bias": "none", "init_lora_weights": True, "tinit": 0, "tfinal": 0, "total_step": 1},
+        opened=Grown, tell=_tell_adalora,
     ),
     "IA3": Kind(
         "ia3", {},
@@ -326,7 +396,7 @@ KINDS: dict[str, Kind] = {
         inert=("encoder_hidden_size", "prefix_projection", "init_weights"), constant={"prefix_projection": False},
     ),
     "TRAINABLE_TOKENS": Kind(
-        "tokens", {}, {"rows": Part("trainable_tokens_delta", lambda x, role: x, np.asarray)}, embed=True,
+        "tokens", {}, {}, {"rows": Part("trainable_tokens_delta", lambda x, role: x, np.asarray, tied="trainable_tokens_delta")},
         said=(*TARGETS, "token_indices"), inert=("init_weights",), constant={"init_weights": True},
         tell=lambda method, roles, net, leaves: {"token_indices": list(method["ids"])}, hear=_hear_ids,
     ),

@@ -1,6 +1,8 @@
 """Ways of tuning a network. To add one: write its file and add its line here."""
 
 from tuning.core.parts import Part
+from tuning.methods.adalora import adalora
+from tuning.methods.beside import beside
 from tuning.methods.bottleneck import bottleneck
 from tuning.methods.full import full
 from tuning.methods.ia3 import ia3
@@ -14,10 +16,10 @@ from tuning.methods.prompt import prompt
 from tuning.methods.tokens import tokens
 from tuning.methods.vera import vera
 
-METHODS: dict[str, Part] = {
-    "full": full,
-    "partial": partial,
+# These add to a network, and leave it as it is but for what their key `also` names.
+ADDING: dict[str, Part] = {
     "lora": lora,
+    "adalora": adalora,
     "vera": vera,
     "loha": loha,
     "lokr": lokr,
@@ -28,3 +30,5 @@ METHODS: dict[str, Part] = {
     "prefix": prefix,
     "tokens": tokens,
 }
+
+METHODS: dict[str, Part] = {"full": full, "partial": partial, **{name: beside(part) for name, part in ADDING.items()}}

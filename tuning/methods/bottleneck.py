@@ -13,7 +13,8 @@ from tuning.methods.method import Method, added
 from tuning.nn.linear import fan_in
 from tuning.nn.mlp import ACTIVATIONS
 from tuning.nn.norm import Norm
-from tuning.nn.sites import Outline, Site, Sites, along_last, matmul
+from tuning.nn.sites import Outline, Site, Sites, along_last
+from tuning.nn.weight import matmul
 
 PLACES = ("houlsby", "pfeiffer", "parallel")
 

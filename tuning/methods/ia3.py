@@ -14,6 +14,7 @@ from tuning.core.types import Tree
 from tuning.methods import kernels
 from tuning.methods.method import Method, added
 from tuning.nn.sites import Outline, Project, Site, along_last
+from tuning.nn.weight import value
 
 DEFAULT = ("k", "v", "qkv", "down")
 
@@ -49,7 +50,8 @@ def ia3(outline: Outline, *, targets: tuple[str, ...] = ()) -> Method:
             scale = own["scale"]
             factors = {"kernel": scale[..., :, None]} if inside(role) else {"kernel": scale[..., None, :], "bias": scale}
             for leaf, factor in ((f"{place}/{part}", factor) for part, factor in factors.items() if f"{place}/{part}" in leaves):
-                leaves[leaf] = (leaves[leaf].astype(jnp.float32) * factor).astype(leaves[leaf].dtype)
+                whole = value(leaves[leaf])
+                leaves[leaf] = (whole.astype(jnp.float32) * factor).astype(whole.dtype)
         return tree.unflatten({name: leaf for name, leaf in leaves.items() if not added(name)})
 
     return Method(tuned=added, sites=kernels.answered(sites, lambda site, rngs: Factors(site)), fold=fold)

@@ -18,22 +18,30 @@ from tuning.core.types import Tree
 from tuning.methods.method import added
 from tuning.nn import stack
 from tuning.nn.sites import Outline, Site, Sites
+from tuning.nn.weight import value
 
 Leaves = dict[str, jax.Array]  # an adapter's, by the last part of their names
-# (role, kernel [L, D, F], its adapter's leaves [L, ...]) -> the kernel that gives the same outputs without an adapter; all float32
+# (role, kernel [L, D, F], its adapter's leaves [L, ...]) -> the kernel that gives the same outputs without an adapter; all float32.
+# Outside the layers there is no L.
 Adapted = Callable[[str, jax.Array, Leaves], jax.Array]
 
 
-def chosen(outline: Outline, targets: Sequence[str]) -> tuple[Site, ...]:
-    """The sites that targets name: roles (`q`, `mlp/down`), regular expressions for whole roles, or `all`. ValueError if one names none."""
-    roles = outline.chosen([".*" if target == "all" else target for target in targets])
-    return tuple(site for site in outline.sites if site.role in roles)
+def chosen(outline: Outline, targets: Sequence[str], outside: Sequence[Site] = ()) -> tuple[Site, ...]:
+    """The sites that targets name: roles (`q`, `mlp/down`), regular expressions for whole roles, or `all`. ValueError if one names none.
+
+    outside  further sites, which their own roles choose, but neither `all` nor a regular expression
+    """
+    named = tuple(site for site in outside if site.role in targets)
+    inside = [".*" if target == "all" else target for target in targets if target not in {site.role for site in named}]
+    roles = outline.chosen(inside) if inside or not named else ()
+    return (*(site for site in outline.sites if site.role in roles), *named)
 
 
 def answered(sites: Sequence[Site], make: Callable[[Site, nnx.Rngs], nnx.Module]) -> Sites:
     """What `make` makes at the chosen sites."""
     roles = {site.role for site in sites}
-    return Sites(weight=lambda site, rngs: make(site, rngs) if site.role in roles else None)
+    answer = lambda site, rngs: make(site, rngs) if site.role in roles else None  # noqa: E731
+    return Sites(weight=answer, embed=answer, head=answer)
 
 
 def by_role(key: str, default: float, said: Sequence[str], sites: Sequence[Site], kind: type = float) -> dict[str, Any]:
@@ -73,6 +81,11 @@ def check(*, rank: int, alpha: float = 1.0, dropout: float = 0.0) -> None:
         raise ValueError(f"method.dropout={dropout}: a dropout rate lies in [0, 1).")
 
 
+def kernel_of(place: str) -> str:
+    """The leaf that an adapter at this place changes."""
+    return f"{place}/table" if place == "embed" else f"{place}/kernel"
+
+
 def adapters(leaves: dict[str, Any]) -> Iterator[tuple[str, str, Leaves]]:
     """(name of the projection, its role, leaves of its adapter) of every projection that has one, from the network's leaves by name."""
     for place in dict.fromkeys(name.partition("/adapter/")[0] for name in leaves if added(name)):
@@ -84,8 +97,8 @@ def fold(params: Tree, adapted: Adapted) -> Tree:
     """The parameters with every adapter folded into its kernel, computed in float32."""
     leaves = tree.flatten(params)
     for place, role, own in adapters(leaves):
-        kernel = leaves[f"{place}/kernel"]
+        kernel = value(leaves[kernel_of(place)])
         own = {name: x.astype(jnp.float32) for name, x in own.items()}
         with jax.default_matmul_precision("highest"):
-            leaves[f"{place}/kernel"] = adapted(role, kernel.astype(jnp.float32), own).astype(kernel.dtype)
+            leaves[kernel_of(place)] = adapted(role, kernel.astype(jnp.float32), own).astype(kernel.dtype)
     return tree.unflatten({name: leaf for name, leaf in leaves.items() if not added(name)})

@@ -14,7 +14,8 @@ from flax import nnx
 from tuning.methods import kernels
 from tuning.methods.kernels import Leaves
 from tuning.methods.method import Method, added
-from tuning.nn.sites import Outline, Project, Site, matmul
+from tuning.nn.sites import Outline, Project, Site
+from tuning.nn.weight import matmul
 
 
 class Hadamard(nnx.Module):

@@ -1,6 +1,7 @@
 """LoRA: the change of a kernel as a product of two thin matrices (Hu et al., 2021, arXiv:2106.09685), and its variants.
 
-Shapes: L layers of a segment, D input width, F output width, R rank, H = R / 2.
+Shapes: L layers of a segment, D input width, F output width, R rank, H = R / 2; B sequences, T tokens, M rows of hidden states, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from tuning.methods import kernels
 from tuning.methods.kernels import Leaves
 from tuning.methods.method import Method, Pace, added
 from tuning.nn.dropout import dropout as drop
-from tuning.nn.sites import Outline, Project, Site, along_last, matmul
+from tuning.nn.sites import Outline, Project, Site, along_last
+from tuning.nn.weight import Stored, matmul, value
 
 Pair = tuple[jax.Array, jax.Array]  # A [D, R] and B [R, F]
 
@@ -55,6 +57,7 @@ DRAWN: dict[str, Callable[[jax.Array, int, int, int], Pair]] = {
     "default": _default, "gaussian": _gaussian, "orthogonal": _orthogonal,
 }  # fmt: skip
 FROM_KERNEL: dict[str, Callable[[jax.Array, int, float], Pair]] = {"pissa": _pissa, "olora": _olora}
+INITS = (*DRAWN, *FROM_KERNEL, "loftq")
 
 
 class LowRank(nnx.Module):
@@ -86,7 +89,27 @@ class LowRank(nnx.Module):
         lengths_F = jax.lax.stop_gradient(lengths(project.kernel, own, self.scale))  # constant, as section 4.3 of the paper has it
         gain = along_last(self.magnitude[...] / lengths_F, x)
         # Without dropout z is x, and XLA computes their products once.
-        return project(x) + (gain - 1) * (matmul(z, project.kernel) - taken(z)) + (gain * change - taken(x))
+        return project(x) + (gain - 1) * (project.times(z) - taken(z)) + (gain * change - taken(x))
+
+
+class Rows(nnx.Module):
+    """Embedded tokens with their rows of scale * A B; where the embedding is the output too, the logits change with them.
+
+    A [V, R] starts at zero and B [R, D] normal, as PEFT's do. Nothing is dropped.
+    """
+
+    def __init__(self, site: Site, rank: int, scale: float, rngs: nnx.Rngs):
+        (V, D), (vocab, width) = site.shape, site.axes
+        self.a = nnx.Param(jnp.zeros((V, rank)), out_sharding=(vocab, "rank"))
+        self.b = nnx.Param(jax.random.normal(rngs.params(), (rank, D)), out_sharding=("rank", width))
+        self.scale, self.looked_up = scale, scale * site.scale
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, lookup: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        x_BTD = lookup(tokens_BT)
+        return x_BTD + matmul(jnp.take(self.a[...], tokens_BT, axis=0).astype(x_BTD.dtype) * self.looked_up, self.b[...])
+
+    def output(self, x_MD: jax.Array, project: Callable[[jax.Array], jax.Array], key: jax.Array | None) -> jax.Array:
+        return project(x_MD) + matmul(matmul(x_MD, self.b[...].T) * self.scale, self.a[...].T)
 
 
 LEAVES, FIXED = ("a", "b", "a0", "b0"), ("a0", "b0")
@@ -120,6 +143,7 @@ def lora(
 ) -> Method:
     """Low-rank updates at the sites that `targets` name: roles (`q`, `mlp/down`), regular expressions for whole roles, or `all`.
 
+    Two further roles are chosen by name alone: `embed`, the embedding (and the output, where they are tied), and `head`, the output.
     The update is scaled by alpha / rank, or by alpha / sqrt(rank) if rank-stabilised (Kalajdzievski, 2023, arXiv:2312.03732).
 
     ranks   `target=rank`, as in ("attn/q=4", "mlp/.*=16"): the rank of the sites so named, if it is not `rank`; the first match counts
@@ -132,9 +156,11 @@ def lora(
                           rounding, though neither is, and both learn from the first step on
             "pissa"       the kernel's first singular vectors, without which it stays behind (Meng et al., 2024, arXiv:2404.02948)
             "olora"       the first part of the kernel's QR decomposition, likewise (Büyükakyüz, 2024, arXiv:2406.01775)
+            "loftq"       the first singular vectors of what quantising takes from the kernel, so that the network starts closer to what was
+                          published (LoftQ: Li et al., 2023, arXiv:2310.08659, with one iteration, which leaves the codes as they are)
     """
     kernels.check(rank=rank, alpha=alpha, dropout=dropout)
-    sites = kernels.chosen(outline, targets)
+    sites = _chosen(outline, targets, init, dora)
     rank_of = kernels.by_role("ranks", rank, ranks, sites, int)
     alpha_of = kernels.by_role("alphas", alpha, alphas, sites)
     scale_of = {role: alpha_of[role] / (math.sqrt(r) if rank_stabilized else r) for role, r in rank_of.items()}
@@ -142,12 +168,13 @@ def lora(
         raise ValueError(f"method.b_rate={b_rate}: it multiplies the learning rate, and is positive.")
     _check_init(init, rank_of, sites)
 
-    def make(site: Site, rngs: nnx.Rngs) -> LowRank:
-        return LowRank(site, rank_of[site.role], scale_of[site.role], dropout, init, dora, rngs)
+    def make(site: Site, rngs: nnx.Rngs) -> nnx.Module:
+        rank, scale = rank_of[site.role], scale_of[site.role]
+        return Rows(site, rank, scale, rngs) if site.role == "embed" else LowRank(site, rank, scale, dropout, init, dora, rngs)
 
     def adapted(role: str, kernel_LDF: jax.Array, own: Leaves) -> jax.Array:
         whole_LDF = whole(kernel_LDF, own, scale_of[role])
-        return whole_LDF * (own["magnitude"] / jnp.linalg.norm(whole_LDF, axis=1))[:, None] if dora else whole_LDF
+        return whole_LDF * (own["magnitude"] / jnp.linalg.norm(whole_LDF, axis=-2))[..., None, :] if dora else whole_LDF
 
     def pace(name: str) -> Pace:
         return Pace(rate={"b": b_rate, "a0": 0.0, "b0": 0.0}.get(name.rpartition("/adapter/")[2], 1.0))
@@ -157,27 +184,54 @@ def lora(
         sites=kernels.answered(sites, make),
         start=functools.partial(_start, init, dora, scale_of) if dora or init in FROM_KERNEL else Method.start,
         fold=functools.partial(kernels.fold, adapted=adapted),
+        residual=functools.partial(_residual, rank_of, scale_of) if init == "loftq" else None,
         pace=pace,
     )
 
 
+def _chosen(outline: Outline, targets: tuple[str, ...], init: str, dora: bool) -> tuple[Site, ...]:
+    if "head" in targets and not outline.heads:
+        raise ValueError(
+            "method.targets: 'head' is an output over the vocabulary with a kernel of its own, which this model does not have. Where it is "
+            "tied to the embedding, name 'embed', which changes both."
+        )
+    sites = kernels.chosen(outline, targets, (*outline.embeds, *outline.heads))
+    if any(site.role == "embed" for site in sites):
+        if dora or init not in ("default", "gaussian"):
+            raise ValueError(
+                f"method.targets: 'embed' with method.dora={dora} and method.init={init!r}: the rows of an embedding change by A B alone, "
+                "A starting at zero. Leave 'embed' out, or set dora=False and init='default'."
+            )
+        if "embed/added" in outline.leaves:
+            raise ValueError("method.targets: 'embed' and model.added_tokens: the rows of new tokens learn whole. Leave one of them out.")
+    return sites
+
+
 def _check_init(init: str, rank_of: dict[str, int], sites: tuple[Site, ...]) -> None:
-    if init not in (*DRAWN, *FROM_KERNEL):
-        raise ValueError(f"method.init={init!r} is not one of {', '.join([*DRAWN, *FROM_KERNEL])}.")
+    if init not in INITS:
+        raise ValueError(f"method.init={init!r} is not one of {', '.join(INITS)}.")
     for site in sites:
         rank = rank_of[site.role]
         if init == "orthogonal" and rank % 2:
             raise ValueError(f"method.init='orthogonal' halves the rank, and that of {site.role} is {rank}: set an even one.")
-        if init in FROM_KERNEL and rank > min(site.shape):
+        if init not in DRAWN and rank > min(site.shape):
             raise ValueError(f"method.init={init!r}: a kernel {site.shape} ({site.role}) has no {rank} directions. Lower method.rank.")
+
+
+def _residual(rank_of: dict[str, int], scale_of: dict[str, float], role: str, error_LDF: jax.Array) -> Leaves:
+    if role not in rank_of:
+        return {}
+    with jax.default_matmul_precision("highest"):
+        a, b = jax.lax.map(lambda error: _pissa(error, rank_of[role], scale_of[role]), error_LDF)
+    return {"a": a, "b": b}
 
 
 def _start(init: str, dora: bool, scale_of: dict[str, float], params: Tree) -> Tree:
     """The parameters with A and B made from the kernels where `init` says so, and the lengths of the kernels' columns as magnitudes."""
     leaves = tree.flatten(params)
 
-    def one(scale: float, layer: tuple[jax.Array, Leaves]) -> Leaves:
-        kernel, own = layer
+    def one(scale: float, layer: tuple[Stored, Leaves]) -> Leaves:
+        kernel, own = value(layer[0]), layer[1]
         new = dict(own)
         with jax.default_matmul_precision("highest"):
             if init in FROM_KERNEL:
@@ -188,9 +242,9 @@ def _start(init: str, dora: bool, scale_of: dict[str, float], params: Tree) -> T
         return {name: new[name].astype(x.dtype) for name, x in own.items()}
 
     for place, role, own in kernels.adapters(leaves):
-        run = jax.jit(  # layer by layer: a decomposition needs several times its kernel
-            lambda stacked, scale=scale_of[role]: jax.lax.map(functools.partial(one, scale), stacked),
-            out_shardings={name: x.sharding for name, x in own.items()},
-        )
-        leaves |= {f"{place}/adapter/{name}": x for name, x in run((leaves[f"{place}/kernel"], own)).items()}
+        kernel, run = leaves[f"{place}/kernel"], functools.partial(one, scale_of[role])
+        if len(kernel.shape) > 2:  # layer by layer: a decomposition needs several times its kernel
+            run = functools.partial(jax.lax.map, run)
+        made = jax.jit(run, out_shardings={name: x.sharding for name, x in own.items()})((kernel, own))
+        leaves |= {f"{place}/adapter/{name}": x for name, x in made.items()}
     return tree.unflatten(leaves)

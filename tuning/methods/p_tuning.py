@@ -17,7 +17,8 @@ from tuning.core.types import Tree
 from tuning.methods import prompt
 from tuning.methods.method import Method
 from tuning.nn.linear import fan_in
-from tuning.nn.sites import Outline, Site, Sites, along_last, matmul
+from tuning.nn.sites import Outline, Site, Sites, along_last
+from tuning.nn.weight import matmul
 
 PREFIX = "embed/adapter/"
 
@@ -36,8 +37,8 @@ class Encoder(nnx.Module):
         leaves = {name: getattr(self, name)[...] for name in NAMES}
         return prompt.put(said(leaves), tokens_BT, positions_BT, lookup)
 
-    def output(self, table_VD: jax.Array) -> jax.Array:
-        return table_VD
+    def output(self, x_MD: jax.Array, project: Callable[[jax.Array], jax.Array], key: jax.Array | None) -> jax.Array:
+        return project(x_MD)
 
 
 NAMES = ("table", *(f"{part}_{i}" for i in range(3) for part in ("kernel", "bias")))

@@ -31,8 +31,8 @@ class Prompt(nnx.Module):
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None, lookup: Callable[[jax.Array], jax.Array]) -> jax.Array:
         return put(self.prompt[...], tokens_BT, positions_BT, lookup)
 
-    def output(self, table_VD: jax.Array) -> jax.Array:
-        return table_VD
+    def output(self, x_MD: jax.Array, project: Callable[[jax.Array], jax.Array], key: jax.Array | None) -> jax.Array:
+        return project(x_MD)
 
 
 def put(prompt_nD: jax.Array, tokens_BT: jax.Array, positions_BT: jax.Array | None, lookup: Callable[[jax.Array], jax.Array]) -> jax.Array:

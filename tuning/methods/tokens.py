@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, n rows that learn, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 from tuning.core import tree
 from tuning.core.types import Tree
 from tuning.methods.method import Method
-from tuning.nn.sites import Outline, Site, Sites
+from tuning.nn.sites import Outline, Site, Sites, along_last
 
 LEAF = "embed/adapter/rows"
 
@@ -32,8 +33,10 @@ class Rows(nnx.Module):
         rows_BTD = jnp.take(self.rows[...].astype(x_BTD.dtype), same_BTn.argmax(-1), axis=0) * jnp.asarray(self.scale, x_BTD.dtype)
         return jnp.where(same_BTn.any(-1, keepdims=True), rows_BTD, x_BTD)
 
-    def output(self, table_VD: jax.Array) -> jax.Array:
-        return table_VD.at[jnp.array(self.ids)].set(self.rows[...].astype(table_VD.dtype))
+    def output(self, x_MD: jax.Array, project: Any, key: jax.Array | None) -> jax.Array:
+        where, y = jnp.array(self.ids), project(x_MD)
+        own = jnp.matmul(x_MD, self.rows[...].T.astype(x_MD.dtype), preferred_element_type=y.dtype)
+        return y.at[:, where].set(own if project.bias is None else own + along_last(project.bias[where], own))
 
 
 def tokens(outline: Outline, *, ids: tuple[int, ...] = ()) -> Method:

@@ -1,6 +1,6 @@
 """VeRA: one pair of random projections for all sites, and two vectors that learn at each (Kopiczko et al., 2023, arXiv:2310.11454).
 
-The projections are no leaves: they follow from a seed and are drawn where they are used, so that no memory and no checkpoint holds them.
+The projections are no leaves: they follow from a seed, as PEFT's do, and are constants of the program, so that no checkpoint holds them.
 Shapes: L layers of a segment, D input width, F output width, R rank.
 """
 
@@ -8,33 +8,43 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tuning.methods import kernels
 from tuning.methods.kernels import Leaves
 from tuning.methods.method import Method, added
 from tuning.nn.dropout import dropout as drop
-from tuning.nn.sites import Outline, Project, Site, along_last, matmul
+from tuning.nn.sites import Outline, Project, Site, along_last
+from tuning.nn.weight import matmul
 
 
 class Shared(NamedTuple):
-    """What the projections follow from: the largest widths of the chosen sites, the rank and a seed."""
+    """What the projections follow from: the largest widths of the chosen sites, the rank and the seed of torch's generator."""
 
     width_in: int
     width_out: int
     rank: int
     seed: int
 
-    def draw(self) -> tuple[jax.Array, jax.Array]:
+    def draw(self) -> tuple[np.ndarray, np.ndarray]:
         """A [D, R] and B [R, F] of the largest widths, Kaiming uniform; a site takes A's first rows and B's first columns."""
-        for_a, for_b = jax.random.split(jax.random.key(self.seed))
-        bound_a, bound_b = math.sqrt(6 / self.width_in), math.sqrt(6 / self.rank)
-        a_DR = jax.random.uniform(for_a, (self.width_in, self.rank), minval=-bound_a, maxval=bound_a)
-        return a_DR, jax.random.uniform(for_b, (self.rank, self.width_out), minval=-bound_b, maxval=bound_b)
+        bits: Any = np.random.RandomState(self.seed)._bit_generator  # the Mersenne twister, seeded as torch seeds it
+
+        def uniform(outputs: int, inputs: int) -> np.ndarray:
+            """torch's Tensor.uniform_: 24 bits of each number, and one rounding at the end."""
+            bound = float(np.float32(math.sqrt(3) * math.sqrt(2) / math.sqrt(inputs)))
+            share = (bits.random_raw(outputs * inputs) & (2**24 - 1)) * 2.0**-24
+            return (share * (2 * bound) - bound).astype(np.float32).reshape(outputs, inputs).T
+
+        return uniform(self.rank, self.width_in), uniform(self.width_out, self.rank)
+
+
+drawn = functools.cache(Shared.draw)  # so that a program has each of them once
 
 
 class Vectors(nnx.Module):
@@ -46,7 +56,7 @@ class Vectors(nnx.Module):
         self.shared, self.shape, self.dropout = shared, site.shape, dropout
 
     def __call__(self, x: jax.Array, project: Project, key: jax.Array | None) -> jax.Array:
-        a_DR, b_RF = self.shared.draw()
+        a_DR, b_RF = map(jnp.asarray, drawn(self.shared))
         z = matmul(drop(x, self.dropout, key), a_DR[: self.shape[0]])
         y = matmul(z * along_last(self.lambda_d[...], z), b_RF[:, : self.shape[1]])
         return project(x) + y * along_last(self.lambda_b[...], y)
@@ -64,7 +74,7 @@ def vera(
     """Random projections to `rank` and back, scaled by vectors that learn, at the sites that `targets` name (as LoRA's do).
 
     d_initial        where the vector in the middle starts; the one at the end starts at zero
-    projection_seed  of the projections; it must stay the same as long as the vectors are used
+    projection_seed  of the projections, PEFT's projection_prng_key; it must stay the same as long as the vectors are used
     """
     kernels.check(rank=rank, dropout=dropout)
     sites = kernels.chosen(outline, targets)

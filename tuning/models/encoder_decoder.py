@@ -116,7 +116,7 @@ class EncoderDecoder(nnx.Module):
         self.embed.table[...] = jax.random.normal(rngs.params(), (d.vocab_size, d.width))  # T5's start; a tied head scales it down
         self.encoder = Trunk(c.encoder, "encoder/", False, sites, (), rngs)
         self.decoder = Trunk(d, "decoder/", True, sites, cuts, rngs)
-        self.head = Head(d.head, d.width, d.vocab_size, d.tied, d.added, rngs)
+        self.head = Head(d.head, d.width, d.vocab_size, d.tied, d.added, sites, rngs)
 
     def __call__(self, batch: Batch, cache: caches.Cache | None, key: jax.Array | None):
         """(hidden_BTD, head, measures, cache); the decoder sees the encoder's tokens of its own segment."""
@@ -136,7 +136,7 @@ class EncoderDecoder(nnx.Module):
                 d, self.decoder, x_BTD, batch.positions, batch.segments, cache, key, cross=cross, source=source_BSD
             )
             x_BTD = dropout(x_BTD, d.dropout, keys.fold(key, "out"))
-            return x_BTD, self.head.bound(self.embed, d.precision), measures, cache
+            return x_BTD, self.head.bound(self.embed, d.precision, answer_key=key), measures, cache
 
     def remember(self, inputs: Inputs, cache: caches.Cache) -> caches.Cache:
         """The cache with the keys and values of all that the decoder's cross attention looks at."""

@@ -1,6 +1,6 @@
 """Heads: what turns hidden states into logits over the vocabulary or over classes, or leaves them as they are.
 
-Shapes: D width, V vocabulary, C classes, N added tokens, "..." any leading axes.
+Shapes: D width, V vocabulary, C classes, N added tokens, M rows of hidden states, "..." any leading axes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tuning.nn.dropout import dropout
 from tuning.nn.linear import Embedding, Linear, fan_in
 from tuning.nn.mlp import ACTIVATIONS
 from tuning.nn.norm import Norm, normalise
-from tuning.nn.sites import NOTHING, Project, Site, along_last
+from tuning.nn.sites import NOTHING, Project, Site, Sites, along_last
 
 OUTPUTS = ("vocabulary", "classes", "spans", "hidden")
 POOLS = ("", "first", "last", "mean")
@@ -67,10 +67,27 @@ class HeadConfig:
 LANGUAGE_MODEL = HeadConfig()
 
 
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The projection that logits come from, as a method sees it: a Project whose results are float32."""
+
+    kernel: jax.Array
+    bias: jax.Array | None
+
+    def times(self, x: jax.Array) -> jax.Array:
+        return jnp.matmul(x, self.kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.times(x)
+        return y if self.bias is None else y + along_last(self.bias, y)
+
+
 class Head(nnx.Module):
     """The weights of a head; those of a tied output are the embedding's."""
 
-    def __init__(self, config: HeadConfig, width: int, vocab_size: int, tied: bool, added: tuple[int, int], rngs: nnx.Rngs):
+    def __init__(
+        self, config: HeadConfig, width: int, vocab_size: int, tied: bool, added: tuple[int, int], sites: Sites, rngs: nnx.Rngs
+    ):  # fmt: skip
         c = self.config = config
         speaks = c.output == "vocabulary"
         size = {"vocabulary": vocab_size, "classes": len(c.classes), "spans": 2, "hidden": 0}[c.output]
@@ -83,32 +100,45 @@ class Head(nnx.Module):
         self.kernel = nnx.Param(fan_in(rngs.params(), (width, size)), out_sharding=("embed", axis)) if own else None
         self.bias = nnx.Param(jnp.zeros(size), out_sharding=(axis,)) if c.bias else None
         self.added = nnx.Param(jnp.zeros((added[1], width)), out_sharding=(None, "embed")) if own and speaks and added[1] else None
+        self.adapter = sites.head(Site("head", (width, size), ("embed", "vocab")), rngs) if own and speaks else None
 
-    def bound(self, embedding: Embedding, precision: str, key: jax.Array | None = None) -> jax.tree_util.Partial:
+    def bound(
+        self, embedding: Embedding, precision: str, key: jax.Array | None = None, answer_key: jax.Array | None = None
+    ) -> jax.tree_util.Partial:  # fmt: skip
         """The head as a value: a pytree whose leaves are its weights, so that a loss can differentiate with respect to them.
 
-        key  turns on dropout, where the head has any
+        key         turns on dropout, where the head has any
+        answer_key  the same for what the method answers here
         """
         value = lambda param: None if param is None else param[...]  # noqa: E731
         tied = self.config.output == "vocabulary" and self.kernel is None
+        answer = embedding.adapter if tied else self.adapter
+        graph, leaves = (None, None) if answer is None else nnx.split(answer)
         weights = {
-            "kernel": embedding.output().T if tied else value(self.kernel),
+            "kernel": embedding.table[...].T if tied else value(self.kernel),
+            "answer": leaves,
+            "answer_key": None if answer is None else keys.fold(answer_key, "head/answer"),
             "added": value(embedding.added if tied else self.added),
             "bias": value(self.bias),
             "dense": None if self.dense is None else (self.dense.kernel[...], value(self.dense.bias)),
             "norm": None if self.norm is None else self.norm.weights,
             "key": keys.fold(key, "head") if self.config.dropout or self.config.dense_dropout else None,
         }
-        return jax.tree_util.Partial(_bound(self.config, embedding.first, precision), weights)
+        return jax.tree_util.Partial(_bound(self.config, embedding.first, precision, graph, tied), weights)
 
 
 @functools.cache  # one function per setting, so that jit recognises a head that it has seen
-def _bound(config: HeadConfig, first: int, precision: str):
-    return functools.partial(apply, config, first, precision)
+def _bound(config: HeadConfig, first: int, precision: str, graph: Any, tied: bool):
+    return functools.partial(apply, config, first, precision, graph, tied)
 
 
-def apply(c: HeadConfig, first: int, precision: str, weights: Mapping[str, Any], x: jax.Array) -> jax.Array:
-    """hidden [..., D] -> what the head says [..., V or C or D] in float32; added tokens take the places from `first` on."""
+def apply(
+    c: HeadConfig, first: int, precision: str, graph: Any, tied: bool, weights: Mapping[str, Any], x: jax.Array
+) -> jax.Array:  # fmt: skip
+    """hidden [..., D] -> what the head says [..., V or C or D] in float32; added tokens take the places from `first` on.
+
+    graph  of what the method answers, or None; weights["answer"] are its leaves
+    """
     flat, key = x.reshape(-1, x.shape[-1]), weights["key"]
     with jax.default_matmul_precision(precision):
         if weights["dense"] is not None:
@@ -117,16 +147,20 @@ def apply(c: HeadConfig, first: int, precision: str, weights: Mapping[str, Any],
         if weights["norm"] is not None:
             flat = normalise(c.norm, c.eps, flat, *weights["norm"])
         flat = dropout(flat, c.dropout, keys.fold(key, "output"))
-        y = _output(c, first, weights, flat) if weights["kernel"] is not None else flat.astype(jnp.float32)
+        y = _output(c, first, graph, tied, weights, flat) if weights["kernel"] is not None else flat.astype(jnp.float32)
     return y.reshape(*x.shape[:-1], -1)
 
 
-def _output(c: HeadConfig, first: int, weights: Mapping[str, Any], x_MD: jax.Array) -> jax.Array:
+def _output(c: HeadConfig, first: int, graph: Any, tied: bool, weights: Mapping[str, Any], x_MD: jax.Array) -> jax.Array:
     if c.scale != 1:
         x_MD = x_MD * jnp.asarray(c.scale, x_MD.dtype)
-    y = jnp.matmul(x_MD, weights["kernel"].astype(x_MD.dtype), preferred_element_type=jnp.float32)
-    if weights["bias"] is not None:
-        y = y + along_last(weights["bias"], y)
+    project = Output(weights["kernel"], weights["bias"])
+    if graph is None:
+        y = project(x_MD)
+    else:
+        with nnx.use_eager_sharding(False):
+            answer = nnx.merge(graph, weights["answer"])
+        y = (answer.output if tied else answer)(x_MD, project, weights["answer_key"])
     if (added_ND := weights["added"]) is not None:
         extra = jnp.matmul(x_MD, added_ND.T.astype(x_MD.dtype), preferred_element_type=jnp.float32)
         y = jnp.concatenate([y[:, :first], extra, y[:, first + added_ND.shape[0] :]], axis=-1)

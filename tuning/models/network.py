@@ -83,8 +83,8 @@ def outline(
     make: Callable[[Sites], Callable[[nnx.Rngs], nnx.Module]], layers: int, encode: Callable[[str], list[int]] | None = None
 ) -> Outline:
     """What a method may choose from: every place that the network offers, and its leaves, gathered by building it abstractly."""
-    offered: list[list[Site]] = [[], [], [], []]  # as Sites has them
-    weight, branch, memory, embed = (lambda site, rngs, kind=kind: kind.append(site) for kind in offered)
-    network = build(make(Sites(weight, branch, memory, embed)))
-    weights, branches, memories, embeds = (tuple(dict.fromkeys(kind)) for kind in offered)
-    return Outline(layers, weights, tuple(tree.flatten(network.abstract)), branches, memories, embeds, encode)
+    offered: list[list[Site]] = [[], [], [], [], []]  # as Sites has them
+    weight, branch, memory, embed, head = (lambda site, rngs, kind=kind: kind.append(site) for kind in offered)
+    network = build(make(Sites(weight, branch, memory, embed, head)))
+    weights, branches, memories, embeds, heads = (tuple(dict.fromkeys(kind)) for kind in offered)
+    return Outline(layers, weights, tuple(tree.flatten(network.abstract)), branches, memories, embeds, heads, encode)

@@ -125,7 +125,7 @@ class RecurrentNetwork(nnx.Module):
             c.cell, c.width, c.hidden, c.layers, bidirectional=c.bidirectional, rate=c.dropout, precision=c.precision, remat=c.remat,
             sites=sites, rngs=rngs,
         )  # fmt: skip
-        self.head = Head(c.head, c.hidden * (1 + c.bidirectional), c.vocab_size, c.tied, c.added, rngs)
+        self.head = Head(c.head, c.hidden * (1 + c.bidirectional), c.vocab_size, c.tied, c.added, sites, rngs)
 
     def __call__(self, batch: Batch, cache: RecurrentCache | None, key: jax.Array | None):
         """(hidden_BTD, head, {}, cache); the state stays inside a segment, and passes over segment 0, padding."""
@@ -135,4 +135,4 @@ class RecurrentNetwork(nnx.Module):
             x_BTD, read = self.blocks(x_BTD, batch.segments, keys.fold(key, "blocks"), cache)
             if c.head.pool == "mean":
                 x_BTD = mean_of_segments(x_BTD, batch.segments)
-            return x_BTD, self.head.bound(self.embed, c.precision), {}, None if cache is None else read
+            return x_BTD, self.head.bound(self.embed, c.precision, answer_key=key), {}, None if cache is None else read

@@ -183,7 +183,7 @@ class Transformer(nnx.Module):
         self.types = Table(c.type_count, c.width, rngs) if c.type_count else None
         self.embed_norm = Norm(c.norm, c.width, c.norm_eps) if c.embed_norm else None
         self.relative, self.blocks, self.norm = trunk(c, c.layer(), sites, cuts, rngs)
-        self.head = Head(c.head, c.width, c.vocab_size, c.tied, c.added, rngs)
+        self.head = Head(c.head, c.width, c.vocab_size, c.tied, c.added, sites, rngs)
 
     def __call__(self, batch: Batch, cache: caches.Cache | None, key: jax.Array | None):
         """(hidden_BTD, head, measures, cache); attention stays inside a segment, and segment 0 is padding."""
@@ -194,7 +194,7 @@ class Transformer(nnx.Module):
             x_BTD, measures, cache = run(c, self, x_BTD, batch.positions, batch.segments, cache, key, self.offset)
             if c.head.pool == "mean":
                 x_BTD = mean_of_segments(x_BTD, batch.segments)
-            return x_BTD, self.head.bound(self.embed, c.precision, key), measures, cache
+            return x_BTD, self.head.bound(self.embed, c.precision, key, key), measures, cache
 
     def _embed(self, batch: Batch, key: jax.Array | None) -> jax.Array:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
