@@ -17,7 +17,7 @@ FLOORS = {
     "hub": 3, "training": 3, "decode": 3,
     "source": 4, "evals": 4, "rl": 4,
     "build": 5,
-    "export": 6, "plan": 6,
+    "export": 6, "plan": 6, "adapted": 6,
     "loaded": 7,
     "api": 8,  # the door from Python
     "sweep": 9,

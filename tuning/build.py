@@ -16,23 +16,29 @@ from tuning.core import config as configs
 from tuning.core import mesh as meshes
 from tuning.core import tree
 from tuning.core.config import Config, Section
-from tuning.core.types import Loss, Tree
-from tuning.data.dataset import Rows, dataset
+from tuning.core.types import Batch, Loss, Tree
+from tuning.data.dataset import Rows, at_first, dataset, unslotted
 from tuning.data.formats import FORMATS
+from tuning.data.mixture import Mixture, replay
 from tuning.data.reader import Reader
-from tuning.hub import adapters, checkpoint
+from tuning.hub import adapters, checkpoint, peft_saved
 from tuning.methods import METHODS
-from tuning.methods.method import Method, Pace
+from tuning.methods.method import Method, Pace, added
 from tuning.models import network as networks
 from tuning.models.network import Network
-from tuning.nn.sites import Outline
+from tuning.nn import stack
+from tuning.nn import storage as storages
+from tuning.nn.quantised import Quantised, dequantise
+from tuning.nn.sites import NOTHING, Outline
 from tuning.objectives import OBJECTIVES
 from tuning.source import SOURCES, Source
 from tuning.training import loop, state
 from tuning.training.optimizer import OPTIMIZERS, SCHEDULES, paced
+from tuning.training.step import Apply
 
+Begun = dict[str, list[jax.Array]]
 ADDED = ("embed/added", "head/added")  # rows of added tokens: they learn under every method
-
+READ = ("path", "subset", "split", "columns", "sample_by")  # what of a data set is its own, if it is another text
 
 SECTIONS: dict[str, Section] = {
     "model": Section(SOURCES, "pretrained"),
@@ -42,6 +48,10 @@ SECTIONS: dict[str, Section] = {
     "data.train.format": Section(FORMATS, "auto"),
     "data.eval": Section({"": dataset}, inherits="data.train", own=("path", "split")),
     "data.eval.format": Section(FORMATS, "auto", inherits="data.train.format"),
+    "data.replay": Section({"": replay}, inherits="data.train", own=(*READ, "length", "input_length")),
+    "data.replay.format": Section(FORMATS, "auto"),
+    "data.kept": Section({"": dataset}, inherits="data.train", own=READ),
+    "data.kept.format": Section(FORMATS, "auto", inherits="data.replay.format"),
     "optimizer": Section(OPTIMIZERS, "adamw"),
     "optimizer.schedule": Section(SCHEDULES, "constant"),
     "mesh": Section({"": meshes.mesh}),
@@ -105,17 +115,58 @@ def model(source: Source, method: Method, where: Mesh, masters: str = "float32")
     """`masters` is the dtype of the leaves that learn; all others have that of the computation. ValueError if nothing would learn."""
     network = networks.build(source.config.construct(method.sites, method.cuts))
     tuned = functools.partial(learns, source, method)
-    if not any(map(tuned, tree.flatten(network.abstract))):
+    shapes = {name: leaf.shape for name, leaf in tree.flatten(network.abstract).items()}
+    if not any(map(tuned, shapes)):
         raise ValueError("No leaf of the model would learn under this method.")
     dtype_of = lambda name: masters if tuned(name) else source.config.dtype  # noqa: E731
-    layout = state.layout(network.abstract, network.axes, dtype_of, where)
+    storage = source.storage.choose({n: shape for n, shape in shapes.items() if not tuned(n)}) if source.storage else {}
+    if method.residual and not storage:
+        raise ValueError("method.init='loftq' starts from what quantising takes away, and nothing is quantised. Set model.quantise=nf4.")
+    layout = state.layout(network.abstract, network.axes, dtype_of, where, storage.get)
     return Model(source, method, network, where, layout)
 
 
-def base_params(m: Model, wanted: Callable[[str], bool], seed: int) -> Tree:
-    """The wanted leaves as they are before any tuning: read from the checkpoint or, where there is none, initialised."""
+def base(m: Model) -> Apply:
+    """(parameters, batch) -> hidden, head and measures of the model without its method, without dropout.
+
+    It reads the examples without the positions that the method keeps free, and the leaves that the method did not add; at each place of the
+    batch stands what is said there.
+    """
+    network, slots = networks.build(m.source.config.construct(NOTHING, m.method.cuts)), m.method.slots
+    moved = slots if slots and at_first(m.reader) else 0
+
+    def apply(params: Tree, batch: Batch, key: jax.Array | None = None):
+        own, _ = tree.split(params, lambda name: not added(name))
+        hidden_BTD, head, measures = network.apply(own, unslotted(batch, slots) if slots else batch)
+        return jnp.roll(hidden_BTD, -moved, axis=1) if moved else hidden_BTD, head, measures
+
+    return apply
+
+
+def base_leaves(m: Model) -> list[str]:
+    """The names of the base's leaves that learn."""
+    return [name for name in tree.flatten(m.layout) if m.tuned(name) and not added(name)]
+
+
+def compared(m: Model, objective: Config) -> Apply | None:
+    """The base, if the objective compares with it. ValueError if the parameters do not hold it any more once they are tuned."""
+    if not objective["base_kl"]:
+        return None
+    if learning := base_leaves(m):
+        raise ValueError(
+            f"objective.base_kl={objective['base_kl']} compares with the base, of which {tree.listing(learning, 2)} learn. Set it to 0, or "
+            "take a method that changes no weight of the base (lora, prefix, ...), no new head and no added tokens."
+        )
+    return base(m)
+
+
+def base_params(m: Model, wanted: Callable[[str], bool], seed: int, begun: Begun | None = None) -> Tree:
+    """The wanted leaves as they are before any tuning: read from the checkpoint or, where there is none, initialised.
+
+    `begun`, if given, is filled with what leaves start from that start from what quantising takes away, by name, some layers at a time.
+    """
     leaves = tree.flatten(m.layout)
-    new = {*ADDED, *m.source.fresh}
+    new = {*ADDED, *absent(m.source)}
     published = {n: x for n, x in leaves.items() if m.source.directory and not ("/adapter/" in n or n in new)}
     made = {n: x for n, x in leaves.items() if wanted(n) and n not in published and (m.source.directory is None or n not in ADDED)}
     params = state.fresh(m.network.init, tree.unflatten(made), seed)
@@ -123,22 +174,56 @@ def base_params(m: Model, wanted: Callable[[str], bool], seed: int) -> Tree:
         places, dtypes = ({n: getattr(x, what) for n, x in published.items()} for what in ("sharding", "dtype"))
         raw: Any = m.source.published
         inside = tree.unflatten(published), tree.unflatten(places), dtypes.__getitem__, raw
-        params = tree.merge(params, checkpoint.load(m.source.directory, *inside, wanted))
+        store = lambda name: _store(m, name, published[name], begun)  # noqa: E731
+        params = tree.merge(params, checkpoint.load(m.source.directory, *inside, wanted, store))
     rows = {n: _mean_rows(m, params, n) for n in ADDED if n in leaves and wanted(n) and n not in made}
     return tree.merge(params, tree.unflatten(rows))
 
 
+def absent(source: Source) -> set[str]:
+    """The leaves of a head that the checkpoint does not have; others may count as new because an adapter brought them along."""
+    if source.directory is None or not source.fresh:
+        return set()
+    raw: Any = source.published
+    there = checkpoint.opened(source.directory, raw)
+    return {leaf for leaf in source.fresh if not any(tensor in there for tensor in peft_saved.published(leaf, source.table))}
+
+
+def _store(m: Model, name: str, like: Any, begun: Begun | None) -> Callable[[jax.Array], Quantised] | None:
+    """What some layers of a published kernel are made into; None for the array that they are."""
+    quantise, residual = storages.into(like), m.method.residual
+    if quantise is None or residual is None or begun is None:
+        return quantise
+    place = name.removesuffix("/kernel")
+    start = jax.jit(lambda kernel, q: residual(stack.apart(place)[0], kernel.astype(jnp.float32) - dequantise(q, jnp.float32)))
+
+    def store(kernel: jax.Array) -> Quantised:
+        q = quantise(kernel)
+        for leaf, part in start(kernel, q).items():
+            begun.setdefault(f"{place}/adapter/{leaf}", []).append(part)
+        return q
+
+    return store
+
+
 def start_params(m: Model, seed: int) -> Tree:
     """All leaves as training starts from them: base, method's start, and the adapter given in model.adapter."""
-    params = m.method.start(base_params(m, lambda name: True, seed))
+    begun: Begun = {}
+    params = tree.flatten(base_params(m, lambda name: True, seed, begun))
+    for name, parts in begun.items():
+        params[name] = jax.device_put(jnp.concatenate(parts).astype(params[name].dtype), params[name].sharding)
+    params = m.method.start(tree.unflatten(params))
     if m.source.adapter is not None:
         params = with_adapter(m, params, m.source.adapter)
     return params
 
 
 def with_adapter(m: Model, params: Tree, directory: Path) -> Tree:
-    """The parameters with the values of a PEFT directory in the adapter's leaves, and in those of a head that it brings along."""
-    saved = adapters.saved(directory, m.source.table)
+    """The parameters with the values of a PEFT directory in the adapter's leaves, and in those that learned beside it."""
+    saved = adapters.saved(directory, m.source.table, tree.flatten(m.layout))
+    there = tree.flatten(params)
+    of_base = lambda leaf: there[leaf] if leaf in there else tree.flatten(base_params(m, lambda name: name == leaf, 0))[leaf]  # noqa: E731
+    adapters.check_base(directory, m.source.table, tree.flatten(m.layout), of_base)
     wanted = {n: x for n, x in tree.flatten(m.layout).items() if "/adapter/" in n or n in ADDED or n in saved}
     values = tree.flatten(adapters.read(directory, tree.unflatten(wanted), m.source.table))
     placed = {name: jax.device_put(values[name], leaf.sharding) for name, leaf in wanted.items()}
@@ -159,17 +244,37 @@ def _mean_rows(m: Model, params: Tree, name: str) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Everything a run is made of, checked; nothing is compiled and no weight is read yet."""
+    """Everything a run is made of, checked; nothing is compiled and no weight is read yet.
+
+    mixture  the rows of `train` among those of data.replay, or None without it
+    kept     of what the model knew; evaluated with `eval`
+    base     the model before it is tuned, for an objective that compares with it
+    """
 
     config: Config
     model: Model
     loss: Loss
     optimizer: Any
     train: Rows
+    mixture: Mixture | None
     eval: Rows | None
+    kept: Rows | None
+    base: Apply | None
     settings: loop.Train
     evaluation: loop.Eval
     checkpoint: loop.Checkpoint
+
+    @property
+    def held_out(self) -> dict[str, Rows]:
+        """What is evaluated, by name."""
+        return {name: rows for name, rows in (("eval", self.eval), ("kept", self.kept)) if rows is not None}
+
+    @property
+    def sources(self) -> list[tuple[str, Rows, float]]:
+        """(name, rows, share of the rows that are trained on) of what is trained on."""
+        if self.mixture is None:
+            return [("train", self.train, 1.0)]
+        return [("train", self.train, 1 - self.mixture.share), ("replay", self.mixture.other, self.mixture.share)]
 
 
 def parts(config: Mapping[str, Any]) -> Parts:
@@ -185,19 +290,26 @@ def parts(config: Mapping[str, Any]) -> Parts:
     chosen = bind("method")(outline(source))
     built = model(source, chosen, where)
     optimizer = paced(optimizer, {name: built.pace(name) for name in tree.flatten(built.layout) if built.tuned(name)}, settings.steps)
+    optimizer = dataclasses.replace(optimizer, around=chosen.around(settings.steps))
     if source.adapter is not None:
-        _check_adapter(source, source.adapter, c["method"])
+        _check_adapter(built, source.adapter, c["method"])
     rows = meshes.row_count(where)
     pieces = {"train.batch_size / train.accumulate": settings.batch_size // settings.accumulate, "eval.batch_size": evaluation.batch_size}
     for name, size in pieces.items():
         if size % rows:
             raise ValueError(f"{name}={size} must be a multiple of {rows}, the pieces that the mesh splits a batch into.")
     train = bind("data.train")(built.reader, bind("data.train.format")())
-    held_out = bind("data.eval")(built.reader, bind("data.eval.format")()) if given(c["data"]["eval"]["path"]) else None
-    for name, data in (("data.train", train), ("data.eval", held_out)):
+    there = lambda name: given(configs.dig(c, f"data.{name}.path"))  # noqa: E731
+    if given(c["data"]["replay"]["share"]) and not there("replay"):
+        raise ValueError(f"data.replay.share={c['data']['replay']['share']}, but of which text? Set data.replay.path.")
+    if there("kept") and not there("eval"):
+        raise ValueError("data.kept is evaluated along with data.eval, which has no path. Set data.eval.path too.")
+    mixture = bind("data.replay")(built.reader, bind("data.replay.format")(), train) if there("replay") else None
+    held_out, kept = (bind(f"data.{n}")(built.reader, bind(f"data.{n}.format")()) if there(n) else None for n in ("eval", "kept"))
+    for name, data in (("data.train", train), ("data.eval", held_out), ("data.kept", kept)):
         if data is not None and data.length > (room := source.config.max_length - chosen.sites.offset):
             raise ValueError(f"{name}.length={data.length} is more than the {room} positions that the model was made for.")
-    return Parts(c, built, loss, optimizer, train, held_out, settings, evaluation, keep)
+    return Parts(c, built, loss, optimizer, train, mixture, held_out, kept, compared(built, c["objective"]), settings, evaluation, keep)
 
 
 def check_objective(source: Source, name: str) -> None:
@@ -215,18 +327,16 @@ def given(value: Any) -> bool:
     return value is not None and not isinstance(value, configs.Required)
 
 
-def _check_adapter(source: Source, directory: Path, method: Config) -> None:
+def _check_adapter(m: Model, directory: Path, method: Config) -> None:
     """ValueError if the method is not the one that the adapter's values belong to (its targets are checked when it is read), or if it
-    brings along a head that would not learn."""
-    has, _, saved = adapters.settings(directory, source.table, outline(source))
+    brings along weights that would not learn."""
+    has, _, saved = adapters.settings(directory, m.source.table, outline(m.source))
     if has["name"] == "lora":
         has["init"] = "default"  # the values are changes of the published kernels, which some inits replace
-    same = [key for key in has if key not in ("targets", "dropout")]
+    same = [key for key in has if key not in ("targets", "dropout", "also")]
     if any(configs.plain(method.get(key)) != configs.plain(has[key]) for key in same):
         wanted = " ".join(f"--config.method.{key}={has[key]}" for key in same)
         raise ValueError(f"model.adapter={directory} was made by another method. To go on with it: {wanted}.")
-    if frozen := sorted(set(saved) - source.fresh):
-        raise ValueError(
-            f"model.adapter={directory} brings along {', '.join(frozen)}, which learn in a new head only. Load a base without a head, and "
-            "set model.head and model.classes."
-        )
+    if frozen := [leaf for leaf in saved if not m.tuned(leaf)]:
+        raise ValueError(f"model.adapter={directory} brings along {tree.listing(frozen)}, which learned beside it. To go on with them: "
+                         f"--config.method.also={','.join(has['also'])}.")  # fmt: skip

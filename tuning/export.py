@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,12 @@ from tuning import build
 from tuning.core import tree
 from tuning.core.types import Batch, Inputs, Tree
 from tuning.hub import adapters, card, checkpoint, families, files, sentences, tokenizer
+from tuning.methods.method import added
 from tuning.nn import stack
+from tuning.nn.weight import value
 from tuning.training import workdir, writer
+
+log = logging.getLogger(__name__)
 
 # Largest difference of a logit, relative to the largest logit, that rounding explains.
 FOLD_BOUND = {"float32": 1e-4, "bfloat16": 5e-2}
@@ -38,6 +44,8 @@ def write(
         raise ValueError(f"--format={format!r} is not one of hf, peft.")
     if format == "peft":
         adapters.type_of(method["name"])
+    if format == "hf" and not merge and any(map(added, tree.flatten(params))):
+        raise ValueError("--format=hf holds no adapter: add --merge to fold it into the weights, or use --format=peft.")
     if format == "hf" and m.method.fold is None:
         raise ValueError(f"What {method['name']!r} adds cannot be folded into the weights. Use --format=peft, or load the run as it is.")
     directory.mkdir(parents=True, exist_ok=True)
@@ -68,11 +76,11 @@ def _card(m: build.Model, method: Mapping[str, Any], format: str, run: Path | No
 
 
 def _peft(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path) -> None:
-    c, new = m.source.config, not m.source.fresh.isdisjoint(tree.flatten(m.layout))
-    leaves, _ = tree.split(
-        m.method.bare(params), lambda name: "/adapter/" in name or name in build.ADDED or (new and name.startswith("head/"))
-    )
-    task = NEW_HEADS.get((c.head.output, bool(c.head.pool))) if new else TASKS.get((c.reads, c.head.output))
+    c, ours = m.source.config, lambda name: "/adapter/" in name or name in build.ADDED
+    beside = {name.rpartition("/")[0] for name in tree.flatten(params) if m.tuned(name) and not ours(name)}  # PEFT keeps whole modules
+    leaves, _ = tree.split(m.method.bare(params), lambda name: ours(name) or name.rpartition("/")[0] in beside)
+    new = any(name.startswith("head/") and not ours(name) for name in tree.flatten(leaves))
+    task = (NEW_HEADS.get((c.head.output, bool(c.head.pool))) if new else None) or TASKS.get((c.reads, c.head.output))
     adapters.write(
         directory, jax.tree.map(lambda x: x.astype(jnp.float32), leaves), m.source.table, build.outline(m.source), method, added=c.added,
         copies=_copies(m), base_model=m.source.path, revision=m.source.revision, task_type=task,
@@ -94,9 +102,12 @@ def _copies(m: build.Model) -> list[str]:
 
 def _hf(m: build.Model, params: Tree, directory: Path, shard_bytes: int) -> None:
     source = m.source
-    plain = build.model(source, build.METHODS["full"](build.outline(source)), m.mesh)
+    if source.storage is not None:
+        log.warning("The base was kept in %s: what is exported are the values of its codes, with what was tuned.", source.storage.kind)
+    plain = build.model(dataclasses.replace(source, storage=None), build.METHODS["full"](build.outline(source)), m.mesh)
     assert m.method.fold is not None
-    folded = restack(jax.jit(m.method.fold)(params), plain.layout)
+    folded = tree.map_named(lambda _, leaf: value(leaf), jax.jit(m.method.fold)(params))
+    folded = restack(folded, plain.layout)
     _compare(m, params, plain, folded)
     if source.directory is not None and source.config.head.output == "hidden":
         sentences.copy(source.directory, directory)

@@ -12,9 +12,10 @@ EPILOG = """config:
 
 sections: each is a part, chosen by SECTION.name where there is a choice; changing the name resets the section
   model               pretrained (path, head, classes, adapter, dtype, remat, ...), decoder, recurrent (fresh ones)
-  method              full, partial, lora, vera, loha, lokr, ia3, bottleneck, prompt, p_tuning, prefix, tokens
+  method              full, partial, lora, adalora, vera, loha, lokr, ia3, bottleneck, prompt, p_tuning, prefix, tokens
   objective           next_token, labels (for a head that classifies)
   data.train          path, split, length, pack, ...; data.eval the same (what is not set there is taken from data.train)
+  data.replay         other text, so that what the model knew is kept: path, share of the rows, ...; data.kept: what of it is held out
   data.train.format   auto, text, pairs, messages, labels (a class for a text), tags (one for each word)
   optimizer           adamw, adafactor, sgd, lion, muon
   optimizer.schedule  constant, linear, cosine, wsd

@@ -16,9 +16,9 @@ from typing import Any
 from tuning.core import tree
 from tuning.nn.stack import counted_layers
 
-MATRIX = r"(^|/)kernel$|adapter/(a|b)$"
+MATRIX = r"(^|/)kernel$|(?<!^embed/)adapter/(a|b)$"
 INPUTS = r"^encoder/|(^|/)cross/(k|v)/"  # what the tokens of an encoder pass through, and those of its decoder do not
-EMBEDDING, HEAD = r"^embed/(table|added)$", r"^head/(kernel|added)$"
+EMBEDDING, HEAD = r"^embed/(table|added|adapter/(a|b))$", r"^head/(kernel|added)$"
 
 # bf16 FLOP/s of one JAX device by its kind, without sparsity, from the vendors' data sheets. Whole names: an unknown variant (a slice of
 # a GPU, another board) has no peak rather than a wrong one.
