@@ -21,7 +21,8 @@ from tuning.core import mesh, tree
 from tuning.core.types import Tree
 from tuning.hub import files, names, peft_saved, peft_targets, peft_tied
 from tuning.hub.names import Table
-from tuning.hub.peft_kinds import BASE, CONFIG, KINDS, PREFIX, Kind, Leaves, ends, whole
+from tuning.hub.peft_kinds import BASE, CONFIG, KINDS, PREFIX, Kind, Leaves, whole
+from tuning.hub.peft_modules import ends
 from tuning.methods import kernels
 from tuning.nn.sites import Outline
 

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Sequence
 from tuning.core import tree
 from tuning.hub import names
 from tuning.hub.names import Table
-from tuning.hub.peft_kinds import ends
+from tuning.hub.peft_modules import ends
 
 
 def published(leaf: str, table: Table) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from typing import Any
 from tuning.core import tree
 from tuning.hub import peft_tied
 from tuning.hub.names import Table
-from tuning.hub.peft_kinds import CONFIG, Kind, Leaves, Projections, projections, spell, targeted
+from tuning.hub.peft_kinds import CONFIG, Kind, Leaves
+from tuning.hub.peft_modules import Projections, projections, spell, targeted
 from tuning.nn import stack
 from tuning.nn.sites import Outline
 

@@ -17,7 +17,8 @@ import numpy as np
 from tuning.core import mesh, tree
 from tuning.hub import files
 from tuning.hub.names import Table
-from tuning.hub.peft_kinds import BASE, CONFIG, PREFIX, Kind, Leaves, Projections, targeted
+from tuning.hub.peft_kinds import BASE, CONFIG, PREFIX, Kind, Leaves
+from tuning.hub.peft_modules import Projections, targeted
 from tuning.nn.sites import Outline
 
 TYING = ("embed_tokens", "lm_head")
