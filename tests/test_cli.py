@@ -104,7 +104,7 @@ def test_a_dry_run_shows_everything_and_writes_nothing(config, tmp_path, capsys)
     assert "blocks/*/attn/q/kernel" in out and "frozen" in out and "tuned" in out and "fsdp" in out
     assert "batch: 8 x 32 tokens" in out and "«" in out and "»" in out
     assert "Dry run: nothing was compiled, loaded or written." in out
-    assert list(tmp_path.iterdir()) == [tmp_path / "config.py"]
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"config.py"}  # Python may keep a compiled one
 
 
 def test_the_four_verbs_in_a_row(config, home, tmp_path, capsys):

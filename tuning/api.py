@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from tuning import build
@@ -176,8 +175,7 @@ def summary(parts: build.Parts) -> str:
     """What a run is about to do, in a few lines."""
     m = parts.model
     tuned, frozen = tree.split(m.layout, m.tuned)
-    moving = tree.split(tuned, lambda name: np.max(m.pace(name).rate) > 0)[0]  # what PiSSA started from is kept beside, and stands still
-    some, every = tree.size(moving), tree.size(m.layout)
+    some, every = tree.size(tree.split(tuned, m.moves)[0]), tree.size(m.layout)
     shape = {axis: size for axis, size in m.mesh.shape.items() if size > 1} or "one device"
     config, optimizer = m.source.config, state.optimizer_layout(parts.optimizer.transform, tuned, m.mesh)
     share = flops_per_token(parts) / flops_per_token(parts, full=True)

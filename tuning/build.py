@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from tuning.core import config as configs
@@ -84,6 +85,10 @@ class Model:
     def pace(self, name: str) -> Pace:
         """How fast a leaf learns. What is new starts at once, whatever the method says of its place."""
         return Pace() if is_new(self.source, name) else self.method.pace(name)
+
+    def moves(self, name: str) -> bool:
+        """Whether training changes a leaf. Others may be tuned too, at rate 0: those that a checkpoint must hold."""
+        return self.tuned(name) and np.max(self.pace(name).rate) > 0
 
     @property
     def reader(self) -> Reader:

@@ -99,8 +99,8 @@ def program(config: Mapping[str, Any]) -> Callable[[float, int], Record]:
     judge, sizes = jax.jit(step.eval_step(m.network.apply, parts.loss)), compiled.memory_analysis()
     assert sizes is not None
     fixed = dict(
-        trained=tree.size(learns), bytes=tree.nbytes(learns) + tree.nbytes(moments[1]), temporaries=sizes.temp_size_in_bytes,
-        arguments=sizes.argument_size_in_bytes, eval_targets=held_out.report.learned,
+        trained=tree.size(tree.split(learns, m.moves)[0]), bytes=tree.nbytes(learns) + tree.nbytes(moments[1]),
+        temporaries=sizes.temp_size_in_bytes, arguments=sizes.argument_size_in_bytes, eval_targets=held_out.report.learned,
     )  # fmt: skip
 
     def run(rate: float, seed: int) -> Record:

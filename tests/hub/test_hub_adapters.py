@@ -199,7 +199,7 @@ def test_the_written_files_are_plain_and_exact(written):
     [
         ("modules_to_save", ["lm_head"]), ("bias", "all"), ("rank_pattern", {"layers.0.self_attn.q_proj": 8}),
         ("alpha_pattern", {r"layers\.[01].*": 8}), ("layers_to_transform", [0]), ("layers_to_transform", 0),
-        ("lora_bias", True), ("peft_type", "ADALORA"), ("peft_type", "OFT"), ("exclude_modules", ["k_proj"]),
+        ("lora_bias", True), ("peft_type", "BOFT"), ("peft_type", "OFT"), ("exclude_modules", ["k_proj"]),
         ("init_lora_weights", "pissa"), ("target_parameters", ["experts"]), ("task_type", "SEQ_CLS"), ("loftq_config", {"bits": 4}),
         ("layer_replication", [[0, 2]]), ("some_later_key", 0.5), ("r", 0), ("trainable_token_indices", [3, 5]),
     ],

@@ -62,6 +62,7 @@ def read(
         if leaf is None:  # zeros, and never a part itself: on a CPU that could be the file's own memory
             leaf = jax.tree.map(lambda x: _zeros((*shape[:lead], *x.shape[lead:]), dtype if store is None else x.dtype, x.sharding), new)
         leaf = jax.tree.map(lambda whole, x: _put(whole, x, np.array(at, np.int32), whole.sharding), leaf, new)  # noqa: B023
+        del new
         jax.block_until_ready(leaf)  # so that this tensor's memory is free before the next one is read
     return leaf
 

@@ -164,7 +164,8 @@ def adalora(
 ) -> Method:
     """Low-rank updates at the sites that `targets` name (as LoRA's do), scaled by alpha / init_rank, whose ranks follow from training.
 
-    Every site starts with init_rank singular values; on average target_rank are left.
+    Every site starts with init_rank singular values; on average target_rank are left. Half as many again to start with, and 0.85, are the
+    paper's; `every` and `orthogonal` are PEFT's.
 
     warmup_steps  updates before the budget begins to shrink; None is a tenth of the run
     final_steps   updates at the end after which values that are zero stay so; None is a third of the run. In between, the budget falls

@@ -45,7 +45,7 @@ class Adapter(nnx.Module):
 
 
 def bottleneck(outline: Outline, *, width: int = 64, place: str = "pfeiffer", activation: str = "relu", scale: float = 1.0) -> Method:
-    """Adapters of `width` in every layer; they cannot be folded into the base.
+    """Adapters of `width` in every layer (64 is in the middle of what Houlsby et al. tried); they cannot be folded into the base.
 
     place  "houlsby": after attention and after the feed-forward layer, reading what the sublayer says. "pfeiffer": after the feed-forward
            layer only, reading the residual stream with it (Pfeiffer et al., 2021, arXiv:2005.00247). "parallel": beside the feed-forward

@@ -142,8 +142,7 @@ def scales(
 ) -> dict[str, float]:  # fmt: skip
     """{role: scale} of LoRA with these settings."""
     sites = kernels.chosen(outline, targets, (*outline.embeds, *outline.heads))
-    rank_of, alpha_of = kernels.by_role("ranks", rank, ranks, sites, int), kernels.by_role("alphas", alpha, alphas, sites)
-    return {role: alpha_of[role] / (math.sqrt(r) if rank_stabilized else r) for role, r in rank_of.items()}
+    return kernels.ranks_and_scales(sites, rank, alpha, ranks, alphas, rank_stabilized)[1]
 
 
 def layer_keys(seed: int, adapter: int, leaf: str, layers: int) -> jax.Array:

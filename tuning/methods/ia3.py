@@ -41,7 +41,7 @@ class Factors(nnx.Module):
 
 def ia3(outline: Outline, *, targets: tuple[str, ...] = ()) -> Method:
     """Factors at the sites that `targets` name, as for LoRA: on what a projection says or, on the feed-forward layer's way down, on what it
-    reads. By default keys, values (all of a fused `qkv`) and the way down, as published."""
+    reads. By default keys, values (all of a fused `qkv`) and the way down, as published (with Adafactor at 3e-3)."""
     sites = kernels.chosen(outline, targets or [t for t in DEFAULT if any(site.matches(t) for site in outline.sites)])
 
     def fold(params: Tree) -> Tree:

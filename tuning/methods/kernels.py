@@ -65,6 +65,14 @@ def by_role(key: str, default: float, said: Sequence[str], sites: Sequence[Site]
     return values
 
 
+def ranks_and_scales(
+    sites: Sequence[Site], rank: int, alpha: float, ranks: Sequence[str], alphas: Sequence[str], rank_stabilized: bool
+) -> tuple[dict[str, int], dict[str, float]]:
+    """LoRA's ranks and scales by role, from its config."""
+    rank_of, alpha_of = by_role("ranks", rank, ranks, sites, int), by_role("alphas", alpha, alphas, sites)
+    return rank_of, {role: alpha_of[role] / (math.sqrt(r) if rank_stabilized else r) for role, r in rank_of.items()}
+
+
 def uniform(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """PEFT's start of a factor [in, out]: Kaiming uniform with a = sqrt 5."""
     bound = 1 / math.sqrt(shape[0])

@@ -43,7 +43,7 @@ def change(own: Leaves) -> jax.Array:
 def loha(outline: Outline, *, rank: int = 8, alpha: float = 8.0, targets: tuple[str, ...] = ("all",)) -> Method:
     """Hadamard products of low-rank matrices, scaled by alpha / rank, at the sites that `targets` name (as LoRA's do).
 
-    A site has twice the parameters of a LoRA of the same rank.
+    A site has twice the parameters of a LoRA of the same rank. Rank and alpha are by default PEFT's.
     """
     kernels.check(rank=rank, alpha=alpha)
     scale = alpha / rank

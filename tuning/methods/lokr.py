@@ -78,6 +78,7 @@ def lokr(
 ) -> Method:
     """Kronecker products, scaled by alpha / rank, at the sites that `targets` name (as LoRA's do).
 
+    rank, alpha     by default PEFT's
     factor          how widths are split into two: into this many pieces, or, with -1, as evenly as possible
     decompose_both  whether the first factor, too, is a product of rank `rank`; a factor is one only where that is less than half its width
     """

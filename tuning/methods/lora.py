@@ -144,12 +144,13 @@ def lora(
     """Low-rank updates at the sites that `targets` name: roles (`q`, `mlp/down`), regular expressions for whole roles, or `all`.
 
     Two further roles are chosen by name alone: `embed`, the embedding (and the output, where they are tied), and `head`, the output.
+    By default at all projections (Dettmers et al., 2023, arXiv:2305.14314), alpha twice the rank (Biderman et al., 2024, arXiv:2405.09673).
     The update is scaled by alpha / rank, or by alpha / sqrt(rank) if rank-stabilised (Kalajdzievski, 2023, arXiv:2312.03732).
 
     ranks   `target=rank`, as in ("attn/q=4", "mlp/.*=16"): the rank of the sites so named, if it is not `rank`; the first match counts
     alphas  the same for alpha
     dora    lengths and directions of the kernel's columns learn apart (DoRA: Liu et al., 2024, arXiv:2402.09353)
-    b_rate  B's learning rate is so many times A's (LoRA+: Hayou et al., 2024, arXiv:2402.12354)
+    b_rate  B's learning rate is so many times A's (LoRA+: Hayou et al., 2024, arXiv:2402.12354, who take 16)
     init    "default"     A uniform and B zero, so that the network starts exactly at its base
             "gaussian"    A normal with deviation 1 / rank, and B zero
             "orthogonal"  A and B normal with deviation sqrt(1/200), in halves of the R dimensions that are orthogonal: A B is zero, to
@@ -161,9 +162,7 @@ def lora(
     """
     kernels.check(rank=rank, alpha=alpha, dropout=dropout)
     sites = _chosen(outline, targets, init, dora)
-    rank_of = kernels.by_role("ranks", rank, ranks, sites, int)
-    alpha_of = kernels.by_role("alphas", alpha, alphas, sites)
-    scale_of = {role: alpha_of[role] / (math.sqrt(r) if rank_stabilized else r) for role, r in rank_of.items()}
+    rank_of, scale_of = kernels.ranks_and_scales(sites, rank, alpha, ranks, alphas, rank_stabilized)
     if not 0 < b_rate < math.inf:
         raise ValueError(f"method.b_rate={b_rate}: it multiplies the learning rate, and is positive.")
     _check_init(init, rank_of, sites)

@@ -73,6 +73,7 @@ def vera(
 ) -> Method:
     """Random projections to `rank` and back, scaled by vectors that learn, at the sites that `targets` name (as LoRA's do).
 
+    rank, d_initial  by default what the paper has for RoBERTa-large
     d_initial        where the vector in the middle starts; the one at the end starts at zero
     projection_seed  of the projections, PEFT's projection_prng_key; it must stay the same as long as the vectors are used
     """

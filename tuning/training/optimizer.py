@@ -258,8 +258,8 @@ def paced(optimizer: Optimizer, paces: Mapping[str, Pace], steps: int) -> Optimi
     """The optimizer with each leaf, and each layer of a stacked leaf, at its pace; the same optimizer where all paces are the default.
 
     What begins at a step is optimised from there on as if the run began there, at the rate that the schedule has then: until then
-    neither it nor its part of the state changes. A leaf whose layers begin apart is optimised layer by layer. `paces` names the leaves
-    that learn. ValueError where one would begin only after the `steps` of the run.
+    neither it nor its part of the state changes. A leaf whose layers begin apart is optimised layer by layer; one of rate 0 has no state.
+    `paces` names the leaves that learn. ValueError where one would begin only after the `steps` of the run.
     """
     paces = {name: Pace(_even(rate), _even(begin)) for name, (rate, begin) in paces.items()}
     if all(pace == Pace() for pace in paces.values()):
@@ -270,15 +270,16 @@ def paced(optimizer: Optimizer, paces: Mapping[str, Pace], steps: int) -> Optimi
                 f"{name} would learn from step {last} on only, and train.steps={steps}. Raise train.steps, or lower method.unfreeze_every."
             )
     groups: dict[Any, list[str]] = {}
-    for name, pace in paces.items():
-        groups.setdefault(pace.begin, []).append(name)
+    moving = [name for name, pace in paces.items() if np.max(pace.rate) > 0]
+    for name in moving:
+        groups.setdefault(paces[name].begin, []).append(name)
 
     def begun(gradients: Tree, count: Any) -> Tree:
         return tree.map_named(lambda name, x: jnp.where(_along(count >= np.asarray(paces[name].begin), x), x, 0), gradients)
 
     def init(params: Tree) -> Paced:
         parts = {str(i): _each(optimizer.direction.init, begin)(_only(params, names)) for i, (begin, names) in enumerate(groups.items())}
-        return Paced(jnp.zeros((), jnp.int32), parts, optimizer.pull.init(params))
+        return Paced(jnp.zeros((), jnp.int32), parts, optimizer.pull.init(_only(params, moving)))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Tree, Paced]:
         found, parts = [], {}
@@ -287,8 +288,9 @@ def paced(optimizer: Optimizer, paces: Mapping[str, Pace], steps: int) -> Optimi
             part, new = _each(optimizer.direction.update, begin)(_only(updates, names), old, _only(params, names))
             parts[str(i)] = jax.tree.map(lambda new, old, now=now: jnp.where(_along(now, new), new, old), new, old)
             found.append(part)
-        directions, pull = optimizer.pull.update(tree.merge(*found), state.pull, params)
-        updates = tree.map_named(lambda name, x: x * _along(jnp.asarray(paces[name].rate, x.dtype), x), directions)
+        directions, pull = optimizer.pull.update(tree.merge(*found), state.pull, _only(params, moving))
+        moves = tree.map_named(lambda name, x: x * _along(jnp.asarray(paces[name].rate, x.dtype), x), directions)
+        updates = tree.unflatten({**tree.flatten(jax.tree.map(jnp.zeros_like, updates)), **tree.flatten(moves)})
         return begun(updates, state.count), Paced(state.count + 1, parts, pull)
 
     return Optimizer(optax.GradientTransformation(init, update), optax.identity(), optimizer.learning_rate, begun)
