@@ -14,6 +14,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_enable_compilation_cache", False)  # what earlier runs left in the user's cache is no part of a test
 
 
 @pytest.hookimpl(tryfirst=True)
