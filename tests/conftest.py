@@ -1,5 +1,6 @@
 """Every test sees 8 fake CPU devices, no network, and exact float32."""
 
+import gc
 import os
 
 from tests import devices
@@ -23,6 +24,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         shared = getattr(getattr(item, "callspec", None), "params", {}).get("family")
         item.add_marker(pytest.mark.xdist_group(f"{item.path.name}-{shared}" if shared else item.path.name))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """After a file its compiled programs go: each takes some of the memory maps that a process may have (vm.max_map_count on Linux)."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
