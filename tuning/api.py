@@ -22,6 +22,7 @@ from tuning.core import tree
 from tuning.core.types import TrainState, Tree
 from tuning.data import loader
 from tuning.loaded import LoadedModel, load, stop_ids
+from tuning.methods.method import added
 from tuning.training import flops, loop, provenance, state, step, workdir
 from tuning.training.checkpoint import Checkpoints
 from tuning.training.progress import Display
@@ -70,15 +71,7 @@ def _run(parts: build.Parts, path: Path, first: bool, argv: Sequence[str]) -> di
             workdir.write_json(path / "provenance.json", provenance.collect(argv, digests))
         workdir.write_json(path / "config.json", configs.plain(parts.config))
     loaded = time.monotonic()
-    compiled = step.jit(
-        step.train_step(
-            m.network.apply, parts.loss, parts.optimizer.transform,
-            accumulate=parts.settings.accumulate, clip_norm=parts.settings.clip_norm, seed=seed,
-            begun=parts.optimizer.begun, penalty=m.method.penalty, base=parts.base,
-        ),
-        start,
-        loader.abstract(parts.train, parts.settings.batch_size, m.mesh),
-    )  # fmt: skip
+    compiled = step.jit(parts.train_step(seed), start, loader.abstract(parts.train, parts.settings.batch_size, m.mesh))
     display.say(f"Weights ready in {loaded - began:.1f} s, train step compiled in {time.monotonic() - loaded:.1f} s.")
     display = Display(path.name, parts.settings.steps, int(start.step), first)
     with contextlib.closing(Writer(path, after=int(start.step) if meta else -1)) as writer:
@@ -158,7 +151,7 @@ def flops_per_token(parts: build.Parts, full: bool = False) -> float:
 
     lengths = [length for length in (parts.train.length, parts.train.input_length) if length]
     attention = m.source.config.attention_flops(*lengths)
-    of_base = functools.partial(flops.flops_per_token, {n: x for n, x in shapes.items() if "/adapter/" not in n})
+    of_base = functools.partial(flops.flops_per_token, {n: x for n, x in shapes.items() if not added(n)})
     if full:
         return of_base(lambda name: True, attention, passes)
     compared = of_base(lambda name: False, attention, passes) if parts.base else 0.0
@@ -228,7 +221,7 @@ def _base_params(model: LoadedModel, config: Mapping[str, Any]) -> Tree:
     if not changed:
         return model.params
     with jax.set_mesh(m.mesh):
-        return build.base_params(m, lambda name: "/adapter/" not in name, build.resolve(config)["seed"])
+        return build.base_params(m, lambda name: not added(name), build.resolve(config)["seed"])
 
 
 def _evaluate(

@@ -33,7 +33,7 @@ from tuning.nn.quantised import Quantised, dequantise
 from tuning.nn.sites import NOTHING, Outline
 from tuning.objectives import OBJECTIVES
 from tuning.source import SOURCES, Source
-from tuning.training import loop, state
+from tuning.training import loop, state, step
 from tuning.training.optimizer import OPTIMIZERS, SCHEDULES, paced
 from tuning.training.step import Apply
 
@@ -172,7 +172,7 @@ def base_params(m: Model, wanted: Callable[[str], bool], seed: int, begun: Begun
     """
     leaves = tree.flatten(m.layout)
     new = {*ADDED, *absent(m.source)}
-    published = {n: x for n, x in leaves.items() if m.source.directory and not ("/adapter/" in n or n in new)}
+    published = {n: x for n, x in leaves.items() if m.source.directory and not (added(n) or n in new)}
     made = {n: x for n, x in leaves.items() if wanted(n) and n not in published and (m.source.directory is None or n not in ADDED)}
     params = state.fresh(m.network.init, tree.unflatten(made), seed)
     if m.source.directory is not None and any(map(wanted, published)):
@@ -229,7 +229,7 @@ def with_adapter(m: Model, params: Tree, directory: Path) -> Tree:
     there = tree.flatten(params)
     of_base = lambda leaf: there[leaf] if leaf in there else tree.flatten(base_params(m, lambda name: name == leaf, 0))[leaf]  # noqa: E731
     adapters.check_base(directory, m.source.table, tree.flatten(m.layout), of_base)
-    wanted = {n: x for n, x in tree.flatten(m.layout).items() if "/adapter/" in n or n in ADDED or n in saved}
+    wanted = {n: x for n, x in tree.flatten(m.layout).items() if added(n) or n in ADDED or n in saved}
     values = tree.flatten(adapters.read(directory, tree.unflatten(wanted), m.source.table))
     placed = {name: jax.device_put(values[name], leaf.sharding) for name, leaf in wanted.items()}
     return tree.unflatten({**tree.flatten(params), **placed})
@@ -273,6 +273,14 @@ class Parts:
     def held_out(self) -> dict[str, Rows]:
         """What is evaluated, by name."""
         return {name: rows for name, rows in (("eval", self.eval), ("kept", self.kept)) if rows is not None}
+
+    def train_step(self, seed: int, transform: Any = None) -> Callable:
+        """(state, batch) -> (state after one update, measures), as training.step has it; `transform` in the optimizer's place, if given."""
+        settings, optimizer = self.settings, self.optimizer
+        return step.train_step(
+            self.model.network.apply, self.loss, transform or optimizer.transform, accumulate=settings.accumulate,
+            clip_norm=settings.clip_norm, seed=seed, begun=optimizer.begun, penalty=self.model.method.penalty, base=self.base,
+        )  # fmt: skip
 
     @property
     def sources(self) -> list[tuple[str, Rows, float]]:

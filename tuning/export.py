@@ -76,7 +76,7 @@ def _card(m: build.Model, method: Mapping[str, Any], format: str, run: Path | No
 
 
 def _peft(m: build.Model, params: Tree, method: Mapping[str, Any], directory: Path) -> None:
-    c, ours = m.source.config, lambda name: "/adapter/" in name or name in build.ADDED
+    c, ours = m.source.config, lambda name: added(name) or name in build.ADDED
     beside = {name.rpartition("/")[0] for name in tree.flatten(params) if m.tuned(name) and not ours(name)}  # PEFT keeps whole modules
     leaves, _ = tree.split(m.method.bare(params), lambda name: ours(name) or name.rpartition("/")[0] in beside)
     new = any(name.startswith("head/") and not ours(name) for name in tree.flatten(leaves))

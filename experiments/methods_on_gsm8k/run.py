@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 import tuning  # noqa: E402
 from experiments.e2e.run import train_tokenizer  # noqa: E402
 from experiments.methods_on_sst2 import trials  # noqa: E402
-from experiments.methods_on_sst2.trials import Plan, Row  # noqa: E402
+from experiments.methods_on_sst2.trials import Plan, Row, shared  # noqa: E402
 from tuning.api import evaluate  # noqa: E402
 
 SHAPE = dict(width=96, layers=3, heads=3, kv_heads=3, head_dim=32, hidden=256, max_length=512)
@@ -25,24 +25,24 @@ MIDDLE, HIGH, HIGHEST = (1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2, 1e-1), (1e-
 NEW = "0123456789<>=*/+-#."  # what answers are full of: their tokens learn under `tokens`
 
 ROWS = (
-    Row("full", dict(name="full"), (3e-4, 1e-3, 3e-3, 1e-2)),
+    shared("full", (3e-4, 1e-3, 3e-3, 1e-2)),
     Row("partial: norms", dict(name="partial", parts=("norms",)), HIGHEST),
-    Row("partial: last layer", dict(name="partial", last_layers=1), MIDDLE),
-    Row("lora", dict(name="lora", rank=8, alpha=16.0), MIDDLE),
-    Row("lora, dora", dict(name="lora", rank=8, alpha=16.0, dora=True), MIDDLE),
-    Row("lora, pissa", dict(name="lora", rank=8, alpha=8.0, init="pissa"), MIDDLE),
-    Row("lora, nf4 base", dict(name="lora", rank=8, alpha=16.0), MIDDLE, dict(quantise="nf4", quantise_block=32)),
-    Row("adalora", dict(name="adalora", init_rank=12, target_rank=8, alpha=24.0), MIDDLE),
-    Row("vera", dict(name="vera", rank=256), HIGHEST),
-    Row("loha", dict(name="loha", rank=8, alpha=16.0), HIGH),
-    Row("lokr", dict(name="lokr", rank=8, alpha=16.0), HIGH),
-    Row("ia3", dict(name="ia3"), HIGHEST),
-    Row("bottleneck, houlsby", dict(name="bottleneck", width=16, place="houlsby"), HIGH),
-    Row("bottleneck, pfeiffer", dict(name="bottleneck", width=16, place="pfeiffer"), HIGH),
-    Row("bottleneck, parallel", dict(name="bottleneck", width=16, place="parallel", scale=4.0), HIGH),
-    Row("prompt", dict(name="prompt", length=10), HIGHEST),
-    Row("p_tuning", dict(name="p_tuning", length=10), MIDDLE),
-    Row("prefix", dict(name="prefix", length=10), HIGHEST),
+    shared("partial: last layer", MIDDLE),
+    shared("lora", MIDDLE),
+    shared("lora, dora", MIDDLE),
+    shared("lora, pissa", MIDDLE),
+    shared("lora, nf4 base", MIDDLE, quantise="nf4", quantise_block=32),
+    shared("adalora", MIDDLE),
+    shared("vera", HIGHEST),
+    shared("loha", HIGH),
+    shared("lokr", HIGH),
+    shared("ia3", HIGHEST),
+    shared("bottleneck, houlsby", HIGH),
+    shared("bottleneck, pfeiffer", HIGH),
+    shared("bottleneck, parallel", HIGH),
+    shared("prompt", HIGHEST),
+    shared("p_tuning", MIDDLE),
+    shared("prefix", HIGHEST),
     Row("tokens: digits and signs", dict(name="tokens"), HIGH),
 )
 

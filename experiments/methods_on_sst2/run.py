@@ -11,31 +11,31 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from experiments.methods_on_sst2 import trials  # noqa: E402
-from experiments.methods_on_sst2.trials import Plan, Row  # noqa: E402
+from experiments.methods_on_sst2.trials import Plan, Row, shared  # noqa: E402
 from experiments.sst2.run import PUBLISHED, installed  # noqa: E402
 
 LOW, MIDDLE, HIGH, HIGHEST = (1e-4, 3e-4, 1e-3, 3e-3), (3e-4, 1e-3, 3e-3, 1e-2), (1e-3, 3e-3, 1e-2, 3e-2), (3e-3, 1e-2, 3e-2, 1e-1)
 
 ROWS = (
     Row("head alone", dict(name="partial", parts=("head",)), HIGH),
-    Row("full", dict(name="full"), (3e-5, *LOW[:3])),
+    shared("full", (3e-5, *LOW[:3])),
     Row("partial: biases (BitFit)", dict(name="partial", parts=("biases",)), HIGH),
-    Row("partial: last layer", dict(name="partial", last_layers=1), LOW),
-    Row("lora", dict(name="lora", rank=8, alpha=16.0), MIDDLE),
-    Row("lora, dora", dict(name="lora", rank=8, alpha=16.0, dora=True), MIDDLE),
-    Row("lora, pissa", dict(name="lora", rank=8, alpha=8.0, init="pissa"), LOW),
-    Row("lora, nf4 base", dict(name="lora", rank=8, alpha=16.0), MIDDLE, dict(quantise="nf4")),
-    Row("adalora", dict(name="adalora", init_rank=12, target_rank=8, alpha=24.0), MIDDLE),
-    Row("vera", dict(name="vera", rank=256), HIGHEST),
-    Row("loha", dict(name="loha", rank=8, alpha=16.0), HIGH),
-    Row("lokr", dict(name="lokr", rank=8, alpha=16.0), HIGH),
-    Row("ia3", dict(name="ia3"), HIGH),
-    Row("bottleneck, houlsby", dict(name="bottleneck", width=16, place="houlsby"), MIDDLE),
-    Row("bottleneck, pfeiffer", dict(name="bottleneck", width=16, place="pfeiffer"), MIDDLE),
-    Row("bottleneck, parallel", dict(name="bottleneck", width=16, place="parallel", scale=4.0), MIDDLE),
-    Row("prompt", dict(name="prompt", length=10), HIGH),
-    Row("p_tuning", dict(name="p_tuning", length=10), MIDDLE),
-    Row("prefix", dict(name="prefix", length=10), HIGH),
+    shared("partial: last layer", LOW),
+    shared("lora", MIDDLE),
+    shared("lora, dora", MIDDLE),
+    shared("lora, pissa", LOW),
+    shared("lora, nf4 base", MIDDLE, quantise="nf4"),
+    shared("adalora", MIDDLE),
+    shared("vera", HIGHEST),
+    shared("loha", HIGH),
+    shared("lokr", HIGH),
+    shared("ia3", HIGH),
+    shared("bottleneck, houlsby", MIDDLE),
+    shared("bottleneck, pfeiffer", MIDDLE),
+    shared("bottleneck, parallel", MIDDLE),
+    shared("prompt", HIGH),
+    shared("p_tuning", MIDDLE),
+    shared("prefix", HIGH),
 )
 
 

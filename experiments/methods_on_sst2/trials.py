@@ -60,6 +60,33 @@ class Plan:
         return max(records, key=lambda r: (math.isfinite(r[self.measure]), sign * r[self.measure]))
 
 
+# The settings that the experiments share, by the row's name.
+METHODS: dict[str, dict[str, Any]] = {
+    "full": dict(name="full"),
+    "partial: last layer": dict(name="partial", last_layers=1),
+    "lora": dict(name="lora", rank=8, alpha=16.0),
+    "lora, dora": dict(name="lora", rank=8, alpha=16.0, dora=True),
+    "lora, pissa": dict(name="lora", rank=8, alpha=8.0, init="pissa"),
+    "lora, nf4 base": dict(name="lora", rank=8, alpha=16.0),
+    "adalora": dict(name="adalora", init_rank=12, target_rank=8, alpha=24.0),
+    "vera": dict(name="vera", rank=256),
+    "loha": dict(name="loha", rank=8, alpha=16.0),
+    "lokr": dict(name="lokr", rank=8, alpha=16.0),
+    "ia3": dict(name="ia3"),
+    "bottleneck, houlsby": dict(name="bottleneck", width=16, place="houlsby"),
+    "bottleneck, pfeiffer": dict(name="bottleneck", width=16, place="pfeiffer"),
+    "bottleneck, parallel": dict(name="bottleneck", width=16, place="parallel", scale=4.0),
+    "prompt": dict(name="prompt", length=10),
+    "p_tuning": dict(name="p_tuning", length=10),
+    "prefix": dict(name="prefix", length=10),
+}
+
+
+def shared(name: str, rates: tuple[float, ...], **model: Any) -> Row:
+    """A row of METHODS."""
+    return Row(name, METHODS[name], rates, model)
+
+
 def rated(optimizer: Optimizer) -> optax.GradientTransformation:
     """The optimizer, its learning rate multiplied by a number that stands first in its state."""
 
@@ -90,12 +117,9 @@ def program(config: Mapping[str, Any]) -> Callable[[float, int], Record]:
     learns, rests = tree.split(m.layout, m.tuned)
     moments = state.optimizer_layout(transform, learns, m.mesh)
     at = jax.ShapeDtypeStruct((), np.int32, sharding=meshes.replicated(m.mesh))
-    update = step.train_step(
-        m.network.apply, parts.loss, transform, accumulate=settings.accumulate, clip_norm=settings.clip_norm, seed=0,
-        begun=parts.optimizer.begun, penalty=m.method.penalty, base=parts.base,
-    )  # fmt: skip
     with jax.set_mesh(m.mesh):
-        compiled = step.jit(update, TrainState(at, learns, rests, moments), loader.abstract(parts.train, settings.batch_size, m.mesh))
+        begun, batch = TrainState(at, learns, rests, moments), loader.abstract(parts.train, settings.batch_size, m.mesh)
+        compiled = step.jit(parts.train_step(0, transform), begun, batch)
     judge, sizes = jax.jit(step.eval_step(m.network.apply, parts.loss)), compiled.memory_analysis()
     assert sizes is not None
     fixed = dict(

@@ -99,11 +99,7 @@ def ours(run: Mapping[str, Any], adapter: Path) -> tuple[list[Update], list[dict
         if parts.config["method"]["name"] != "full":
             export.write(m, params, parts.config["method"], adapter, "peft", merge=False)
         now = state.start(params, m.tuned, parts.optimizer.transform, m.mesh)
-        update = step.train_step(
-            m.network.apply, parts.loss, parts.optimizer.transform, accumulate=1, clip_norm=parts.settings.clip_norm, seed=seed,
-            begun=parts.optimizer.begun,
-        )  # fmt: skip
-        compiled = step.jit(update, now, data.batch(0))
+        compiled = step.jit(parts.train_step(seed), now, data.batch(0))
         for number in range(parts.settings.steps):
             batch = data.batch(number)
             now, means = compiled(now, batch)
