@@ -346,10 +346,11 @@ def _check_adapter(m: Model, directory: Path, method: Config) -> None:
     has, _, saved = adapters.settings(directory, m.source.table, outline(m.source))
     if has["name"] == "lora":
         has["init"] = "default"  # the values are changes of the published kernels, which some inits replace
-    same = [key for key in has if key not in ("targets", "dropout", "also")]
+    same = [key for key in has if key not in ("targets", "dropout", "also", "leaves")]
     if any(configs.plain(method.get(key)) != configs.plain(has[key]) for key in same):
         wanted = " ".join(f"--config.method.{key}={has[key]}" for key in same)
         raise ValueError(f"model.adapter={directory} was made by another method. To go on with it: {wanted}.")
     if frozen := [leaf for leaf in saved if not m.tuned(leaf)]:
+        wanted = f"leaves={has['leaves']}" if "leaves" in has else f"also={','.join(has['also'])}"
         raise ValueError(f"model.adapter={directory} brings along {tree.listing(frozen)}, which learned beside it. To go on with them: "
-                         f"--config.method.also={','.join(has['also'])}.")  # fmt: skip
+                         f"--config.method.{wanted}.")  # fmt: skip

@@ -95,7 +95,7 @@ class LoadedModel:
     ):  # fmt: skip
         self.model, self.params, self.stop, self.run, self.step = model, params, stop, run, step
         self.method, leaves = dict(method or adapted.BARE), tree.flatten(params)
-        over = any(map(added, leaves))
+        over = any(map(added, leaves)) or (run is None and self.method["name"] == "partial")  # norms that PEFT tuned
         own = {name: x for name, x in leaves.items() if over and model.tuned(name)}
         self.active: str | None = "default" if over else None
         self._loaded, self._base = self.active, {name: x for name, x in leaves.items() if name not in own}

@@ -124,7 +124,9 @@ def loaded(base, directory):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # peft says only by a warning that it found nothing
         warnings.simplefilter("ignore", FutureWarning)  # names that transformers renamed
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to|Model has `tie_word_embeddings")  # which change nothing
+        warnings.filterwarnings(
+            "ignore", message="fan_in_fan_out is set to|Model has `tie_word|Unsupported layer type"
+        )  # which change nothing
         return peft.PeftModel.from_pretrained(base, directory)
 
 

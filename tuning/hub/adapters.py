@@ -19,10 +19,10 @@ import numpy as np
 
 from tuning.core import mesh, tree
 from tuning.core.types import Tree
-from tuning.hub import files, names, peft_saved, peft_targets, peft_tied
+from tuning.hub import files, names, peft_norms, peft_saved, peft_targets, peft_tied
 from tuning.hub.names import Table
 from tuning.hub.peft_kinds import BASE, CONFIG, KINDS, PREFIX, Kind, Leaves, whole
-from tuning.hub.peft_modules import ends
+from tuning.hub.peft_modules import ends, targeted
 from tuning.methods import kernels
 from tuning.nn.sites import Outline
 
@@ -89,10 +89,13 @@ def write(
         "peft_type": peft_type, "task_type": task_type, "base_model_name_or_path": base_model, "revision": revision,
         "inference_mode": True, **kind.constant, **{key: whole(method[ours]) for key, (ours, _) in kind.keys.items() if ours in method},
     }  # fmt: skip
-    if beside := _own(flat, "base"):
+    if beside := [name for name in _own(flat, "base") if not (kind.norms and peft_norms.is_norm(name))]:
         config["modules_to_save"] = _modules_to_save(kind, beside, tensors, task_type, table, outline)
         config |= {"ensure_weight_tying": True} if copies and "embed/table" in beside and kind.lookups else {}
-    if kind.pack:
+    if kind.norms:
+        config["target_modules"], copied = peft_norms.tell(flat, outline.leaves, table)
+        tensors = {PREFIX + copied.get(bare := name.removeprefix(PREFIX), bare): x for name, x in tensors.items()}
+    elif kind.pack:
         config |= {"num_attention_heads": heads, "num_transformer_submodules": sides, **kind.pack.tell(_own(flat, "adapter"))}
     else:
         common, said = peft_targets.tell(kind, method, _own(flat, "adapter"), table, outline)
@@ -103,13 +106,17 @@ def write(
         return directory
     files.write(directory, tensors.items(), stem=STEM)
     files.write_json(directory / CONFIG, config)
+    _read_back(directory, kind, flat, method, table, outline)
+    return directory
+
+
+def _read_back(directory: Path, kind: Kind, flat: Leaves, method: Mapping[str, Any], table: Table, outline: Outline) -> None:
     again = tree.flatten(read(directory, tree.unflatten(flat), table))
     if bad := [name for name, value in flat.items() if not np.array_equal(again[name], value, equal_nan=True)]:
         raise ValueError(f"{directory}: read back, {tree.listing(bad)} differ from what was written.")
     said = settings(directory, table, outline).method
     if bad := [ours for ours, _ in kind.keys.values() if ours in method and said[ours] != method[ours]]:
         raise ValueError(f"{directory}: read back, it says {', '.join(f'{key}={said[key]!r}' for key in bad)}; written was {dict(method)}.")
-    return directory
 
 
 def head(directory: Path) -> tuple[str, int] | None:
@@ -126,11 +133,11 @@ def settings(directory: Path, table: Table, outline: Outline) -> Settings:
     ValueError naming the key for whatever our methods cannot honour, and for tensors that do not fit target_modules and modules_to_save.
     """
     raw = read_config(directory)
-    kind, tensors = KINDS[raw["peft_type"]], files.Tensors(directory, STEM)
+    kind, tensors = _opened(directory, raw)
     modules, rows, saved = _sort(tensors, kind, raw, table, outline.leaves, directory)
     method: dict[str, Any] = {"name": kind.reads_as or kind.method}
     method |= {ours: _value(directory, raw, key, default) for key, (ours, default) in kind.keys.items()}
-    if not kind.pack:
+    if not (kind.pack or kind.norms):
         net = peft_targets.network(kind, outline, table)
         roles = peft_targets.hear(kind, modules, net, raw, directory)
         method |= {**({"targets": roles} if kind.parts else {}), **kind.hear(raw, roles, net)}
@@ -143,7 +150,8 @@ def settings(directory: Path, table: Table, outline: Outline) -> Settings:
         if kind.parts:
             peft_tied.check_encoder(roles, saved, outline, directory)
     if saved:
-        method["also"] = tuple(f"^{re.escape(leaf)}$" for leaf in saved)
+        patterns = tuple(f"^{re.escape(leaf)}$" for leaf in saved)
+        method |= {"leaves": "|".join(patterns)} if kind.norms else {"also": patterns}
     said = raw.get("trainable_token_indices")
     if bool(said) != bool(rows):
         raise ValueError(
@@ -156,7 +164,8 @@ def saved(directory: Path, table: Table, leaves: Iterable[str]) -> tuple[str, ..
     """Those of a network's leaves that a directory brings along beside the adapter."""
     raw = read_config(directory)
     base = [name for name in leaves if "/adapter/" not in name]
-    return _sort(files.Tensors(directory, STEM), KINDS[raw["peft_type"]], raw, table, base, directory)[2]
+    kind, tensors = _opened(directory, raw)
+    return _sort(tensors, kind, raw, table, base, directory)[2]
 
 
 def check_base(directory: Path, table: Table, leaves: Iterable[str], of_base: Callable[[str], jax.Array]) -> None:
@@ -170,8 +179,7 @@ def read(directory: Path, abstract: Tree, table: Table) -> Tree:
     ValueError that lists missing, left-over and misshaped tensors.
     """
     raw = read_config(directory)
-    kind, want = KINDS[raw["peft_type"]], tree.flatten(abstract)
-    tensors = kind.opened(raw, files.Tensors(directory, STEM))
+    (kind, tensors), want = _opened(directory, raw), tree.flatten(abstract)
     blank = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in want.items()}
     sides = raw.get("num_transformer_submodules") or (2 if raw.get("task_type") == "SEQ_2_SEQ_LM" else 1)
     own = _own(blank, "adapter")
@@ -191,6 +199,11 @@ def read(directory: Path, abstract: Tree, table: Table) -> Tree:
     if copies:
         peft_tied.check_values(directory, tensors, _tensors(kind, values, table, sides, copies), copies)
     return tree.unflatten(values)
+
+
+def _opened(directory: Path, raw: Mapping[str, Any]) -> tuple[Kind, Any]:
+    kind = KINDS[raw["peft_type"]]
+    return kind, kind.opened(raw, files.Tensors(directory, STEM))
 
 
 def _fits(directory: Path, tensors: files.Tensors, expected: Mapping[str, tuple[int, ...]], common: Sequence[str]) -> None:
@@ -257,7 +270,7 @@ def _own(leaves: Leaves, what: str) -> dict[str, Any]:
 def _tensors(kind: Kind, leaves: Leaves, table: Table, sides: int, copies: Iterable[str]) -> dict[str, np.ndarray]:
     """The file's tensors by name."""
     tensors, own = {}, _own(leaves, "adapter")
-    if not own:
+    if not own and not kind.norms:
         raise ValueError(f"There is no leaf of an adapter (.../adapter/{next(iter(kind.parts), 'prompt')}) to write.")
     for leaf, value in leaves.items():
         if kind.pack and leaf in own:
@@ -313,19 +326,21 @@ def _sort(tensors: files.Tensors, kind: Kind, raw: Mapping[str, Any], table: Tab
         elif not (kind.pack and name == PACKED) and not (kind.lookups and BASE in name) and name not in kind.common:
             strange.append(name)
     if strange:
-        form = (
-            PACKED if kind.pack else f"{PREFIX}model.layers.0.self_attn.q_proj.{next(iter((kind.parts or kind.lookups).values())).ending}"
-        )
+        ending = "" if kind.norms or kind.pack else next(iter((kind.parts or kind.lookups).values())).ending
+        module = peft_norms.copied("input_layernorm.weight") if kind.norms else f"self_attn.q_proj.{ending}"
+        form = PACKED if kind.pack else f"{PREFIX}model.layers.0.{module}"
         raise ValueError(
             f"{directory} has tensors that are no part of a {raw['peft_type']} adapter: {tree.listing(strange)}. Names have the form "
             f"{form}; PEFT would load others as if they were not there."
         )
-    task = (raw.get("task_type") or "") if kind.parts or kind.pack else ""  # PEFT has no modules_to_save with trained rows
+    task = "" if kind.lookups and not kind.parts else raw.get("task_type") or ""  # PEFT has no modules_to_save with trained rows
     told = (*(raw.get("modules_to_save") or ()), *SAVED.get(task, ()))
+    norms = raw.get("target_modules") if kind.norms else ()
     try:
-        saved = peft_saved.saved(held, told, leaves, table)
+        saved = peft_saved.saved(held, lambda module: ends(module, told) or targeted(module, norms), leaves, table)
     except ValueError as error:
-        raise ValueError(f"{directory / CONFIG}: modules_to_save={json.dumps(raw.get('modules_to_save'))}: {error}") from None
+        said = json.dumps({key: raw.get(key) for key in ("modules_to_save", *(["target_modules"] if kind.norms else []))})
+        raise ValueError(f"{directory / CONFIG}: {said}: {error}") from None
     peft_tied.check_saved(output, held, saved, raw, directory)
     if task in TASKS and not any(leaf.startswith("head/") for leaf in saved):
         raise ValueError(f"{directory / CONFIG}: task_type={task!r}, and the file has no head of this network.")
@@ -342,7 +357,7 @@ def _split(tensor: str, kind: Kind) -> tuple[str, str] | None:
 
 
 def _modules_to_save(
-    kind: Kind, leaves: Leaves, tensors: Iterable[str], task_type: str | None, table: Table, outline: Outline
+    kind: Kind, leaves: Sequence[str], tensors: Iterable[str], task_type: str | None, table: Table, outline: Outline
 ) -> list[str]:  # fmt: skip
     """The modules of leaves of the base or of a head."""
     top = [leaf for leaf in leaves if leaf.startswith("head/") and task_type in TASKS]
@@ -350,7 +365,7 @@ def _modules_to_save(
     heads = {next((module for module in path if ends(module, SAVED[task_type])), path[-1]) for path in paths if task_type}
     if not (others := [leaf for leaf in leaves if leaf not in top]):
         return sorted(heads)
-    if not kind.parts:
+    if not (kind.parts or kind.norms):
         raise ValueError(f"PEFT trains nothing else with {kind.method}, and here {tree.listing(others)} learned. Use --format=hf.")
     adapted = {found[0] for name in tensors if (found := _split(name, kind))}
     output = peft_tied.output(outline.leaves, table) if "embed/table" in leaves else ""

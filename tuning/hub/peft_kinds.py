@@ -14,6 +14,7 @@ import numpy as np
 from tuning.hub.files import Tensors
 from tuning.hub.peft_adalora import Grown
 from tuning.hub.peft_modules import Projections, ends, spell
+from tuning.hub.peft_norms import Copied
 from tuning.methods import kernels
 from tuning.methods.ia3 import inside
 from tuning.methods.lora import FROM_KERNEL
@@ -59,6 +60,7 @@ class Kind(NamedTuple):
     keys      {key: (ours, what PEFT takes where it is absent)}
     parts     {last part of a leaf's name: its tensor}, of methods that stand at projections
     lookups   the same at the embedding; pack, of methods that stand at no module
+    norms     whether nothing is added, and norms of the base learned
     rows      whether rows of added tokens go with it
     conv      whether PEFT also has it for the layers of GPT-2, which are no nn.Linear
     said      further keys that are read; neutral, {key: values with which it changes nothing}; inert, keys that never do
@@ -75,6 +77,7 @@ class Kind(NamedTuple):
     parts: Mapping[str, Part] = {}
     lookups: Mapping[str, Part] = {}
     pack: Pack | None = None
+    norms: bool = False
     reads_as: str = ""
     rows: bool = False
     conv: bool = True
@@ -326,4 +329,5 @@ KINDS: dict[str, Kind] = {
         said=(*TARGETS, "token_indices"), inert=("init_weights",), constant={"init_weights": True},
         tell=lambda method, roles, net, leaves: {"token_indices": list(method["ids"])}, hear=_hear_ids,
     ),
+    "LN_TUNING": Kind("partial", {}, norms=True, said=TARGETS, opened=lambda raw, tensors: Copied(tensors)),
 }  # fmt: skip

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable
 
 from tuning.core import tree
 from tuning.hub import names
 from tuning.hub.names import Table
-from tuning.hub.peft_modules import ends
 
 
 def published(leaf: str, table: Table) -> tuple[str, ...]:
@@ -51,8 +50,8 @@ def spell(leaves: Iterable[str], every: Iterable[str], adapted: Container[str], 
     return sorted(found)
 
 
-def saved(held: Container[str], told: Sequence[str], every: Iterable[str], table: Table) -> tuple[str, ...]:
-    """The leaves whose values a file holds (`held`, without the prefix) because modules_to_save, `told`, names their modules.
+def saved(held: Container[str], named: Callable[[str], bool], every: Iterable[str], table: Table) -> tuple[str, ...]:
+    """The leaves whose values a file holds (`held`, without the prefix) because adapter_config.json names their modules.
 
     ValueError, to be completed with the file's name, where the two say different things.
     """
@@ -60,7 +59,7 @@ def saved(held: Container[str], told: Sequence[str], every: Iterable[str], table
     for leaf in every:
         tensors = published(leaf, table)
         for tensor in tensors:
-            if any(ends(module, told) for module in above(tensor)) != (tensor in held):
+            if any(map(named, above(tensor))) != (tensor in held):
                 has = "is in the file, and not named by it" if tensor in held else "is named by it, and not in the file"
                 raise ValueError(f"{tensor} {has}.")
         here = [tensor for tensor in tensors if tensor in held]
