@@ -149,8 +149,8 @@ def test_a_base_in_codes_is_tuned_and_stays_as_it_is(home, tmp_path):
     tokens = np.arange(3, 19).reshape(2, 8)
     close(again.logits(tokens), model.logits(tokens))
     assert not in_codes(again.params)
-    with pytest.raises(ValueError, match="published model under an adapter"):
-        tuning.load(home / "model", quantise="nf4")
+    with pytest.raises(ValueError, match="is a run, which keeps its base as"):
+        tuning.load(tmp_path / "run", quantise="nf4")
 
 
 def test_an_adapter_is_put_on_a_base_in_codes_and_others_beside_it(home, tmp_path):
@@ -171,6 +171,11 @@ def test_an_adapter_is_put_on_a_base_in_codes_and_others_beside_it(home, tmp_pat
     model.use("both")
     assert all(leaf is kernels[name] for name, leaf in in_codes(model.params).items())
     np.testing.assert_allclose(model.logits(tokens), run.logits(tokens), atol=1e-4)
+    model.use(None)
+    alone = tuning.load(wide, quantise="nf4")
+    assert len(in_codes(alone.params)) == 7
+    assert np.array_equal(alone.logits(tokens), model.logits(tokens))
+    assert not np.array_equal(alone.logits(tokens), tuning.load(wide).logits(tokens))
 
 
 @pytest.mark.parametrize("where", [ONE, MIXED, meshes.over(jax.devices(), fsdp=8)], ids=["one", "mixed", "fsdp"])

@@ -17,7 +17,7 @@ from tuning.core.types import Tree
 from tuning.hub import adapters, files
 from tuning.methods import METHODS, combine, kernels
 from tuning.methods.combine import Low, Recipe
-from tuning.methods.method import added
+from tuning.methods.method import Method, added
 from tuning.nn.weight import value
 from tuning.source import Source, pretrained
 
@@ -40,8 +40,9 @@ class Adapted(NamedTuple):
 
 
 def bare(source: Source, where: Mesh) -> Adapted:
-    """The base alone; it may be kept in codes, though every leaf of it counts as one that learns."""
-    return Adapted(_model(dataclasses.replace(source, storage=None), BARE, where), dict(BARE), {}, source.fresh)
+    """The base alone, of which nothing learns, so that its kernels may be in codes."""
+    m = build.model(source, Method(tuned=lambda name: False), where, masters=source.config.dtype)
+    return Adapted(m, dict(BARE), {}, source.fresh)
 
 
 def read(source: Source, directory: Path, where: Mesh, like: Iterable[Adapted] = ()) -> Adapted:

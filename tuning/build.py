@@ -117,12 +117,10 @@ def is_new(source: Source, name: str) -> bool:
 
 
 def model(source: Source, method: Method, where: Mesh, masters: str = "float32") -> Model:
-    """`masters` is the dtype of the leaves that learn; all others have that of the computation. ValueError if nothing would learn."""
+    """`masters` is the dtype of the leaves that learn; all others have that of the computation."""
     network = networks.build(source.config.construct(method.sites, method.cuts))
     tuned = functools.partial(learns, source, method)
     shapes = {name: leaf.shape for name, leaf in tree.flatten(network.abstract).items()}
-    if not any(map(tuned, shapes)):
-        raise ValueError("No leaf of the model would learn under this method.")
     dtype_of = lambda name: masters if tuned(name) else source.config.dtype  # noqa: E731
     storage = source.storage.choose({n: shape for n, shape in shapes.items() if not tuned(n)}) if source.storage else {}
     if method.residual and not storage:
@@ -302,6 +300,8 @@ def parts(config: Mapping[str, Any]) -> Parts:
     check_objective(source, c["objective"]["name"])
     chosen = bind("method")(outline(source))
     built = model(source, chosen, where)
+    if not any(map(built.tuned, tree.flatten(built.layout))):
+        raise ValueError("No leaf of the model would learn under this method.")
     optimizer = paced(optimizer, {name: built.pace(name) for name in tree.flatten(built.layout) if built.tuned(name)}, settings.steps)
     optimizer = dataclasses.replace(optimizer, around=chosen.around(settings.steps))
     if source.adapter is not None:

@@ -51,13 +51,13 @@ def load(
     dtype       of the computation and of the weights
     mesh        where it lives; one device by default
     checkpoint  of a run: "best" (lowest evaluation loss; the last one if none was evaluated), "last", or a step
-    quantise    what the kernels under an adapter are kept as: nf4, int4, int8, or "" for arrays; a run knows it by itself
+    quantise    what the kernels of a published model are kept as: nf4, int4, int8, or "" for arrays; a run knows it by itself
     """
     where = meshes.over(jax.devices()[:1]) if mesh is None else mesh
     path = Path(path_or_id)
     with jax.set_mesh(where):
-        if quantise and (adapter is None or workdir.is_run(path)):
-            raise ValueError(f"quantise={quantise!r} is for a published model under an adapter. Give the adapter, or leave it out.")
+        if quantise and workdir.is_run(path):
+            raise ValueError(f"quantise={quantise!r}: {path} is a run, which keeps its base as model.quantise said. Leave it out.")
         if workdir.is_run(path):
             if adapter is not None:
                 raise ValueError(f"{path} is a run, which has its own weights; an adapter goes on a published model.")

@@ -22,6 +22,7 @@ def add_model_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights, computation and exported files (default: float32)"
     )
+    p.add_argument("--quantise", default="", metavar="KIND", help="keep the kernels of a published model as nf4, int4 or int8")
 
 
 def load(args: argparse.Namespace):
@@ -29,7 +30,7 @@ def load(args: argparse.Namespace):
     from tuning import api
 
     which = int(args.checkpoint) if args.checkpoint.isdigit() else args.checkpoint
-    return api.load(args.model, adapter=args.adapter, dtype=args.dtype, checkpoint=which)
+    return api.load(args.model, adapter=args.adapter, dtype=args.dtype, checkpoint=which, quantise=args.quantise)
 
 
 def report(verb: Callable[[list[str]], int], argv: list[str]) -> int:

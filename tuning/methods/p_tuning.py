@@ -24,7 +24,7 @@ PREFIX = "embed/adapter/"
 
 
 class Encoder(nnx.Module):
-    """Three projections with ReLUs between them, over a table of n rows; as the paper's code and PEFT have it."""
+    """Three projections with ReLUs between them, over a table of n rows; as PEFT has it; the paper's reads the table with an LSTM."""
 
     def __init__(self, site: Site, length: int, hidden: int, rngs: nnx.Rngs):
         D = site.shape[1]
@@ -53,10 +53,10 @@ def said(leaves: dict[str, Any]) -> jax.Array:
     return x
 
 
-def p_tuning(outline: Outline, *, length: int = 20, hidden: int = 0) -> Method:
+def p_tuning(outline: Outline, *, length: int = 9, hidden: int = 0) -> Method:
     """A prompt of `length` vectors out of a network of width `hidden` (0: the model's width), which learns; nothing else does.
 
-    Once trained, the prompt alone is needed.
+    By default as many as the paper has around subject and object, three times three. Once trained, the prompt alone is needed.
     """
     prompt.check(outline, length)
 
