@@ -1,11 +1,19 @@
 """Every test sees 8 fake CPU devices, no network, and exact float32."""
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 from tests import devices
 
 os.environ.update(devices.environment())
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # All processes of one run of the tests share their compiled programs; what earlier runs left in the user's cache is no part of a test.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tuning-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,7 +23,6 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_enable_compilation_cache", False)  # what earlier runs left in the user's cache is no part of a test
 
 
 @pytest.hookimpl(tryfirst=True)
