@@ -8,6 +8,7 @@ setup(
     description="Tuning of language models in JAX",
     python_requires=">=3.11",
     packages=find_packages(include=["tuning", "tuning.*"]),
+    package_data={"tuning.sweep": ["*.html"]},
     entry_points={"console_scripts": ["tuning = tuning.__main__:main"]},
     # Lower bounds only: the versions that the tests were first run with.
     install_requires=[
@@ -26,6 +27,7 @@ setup(
         "protobuf>=4",  # the container of SentencePiece models
         "rich>=13",
         "safetensors>=0.5",
+        "scipy>=1.14",
         "sentencepiece>=0.2",
         "tensorboardX>=2.6",
         "tokenizers>=0.22",
@@ -34,10 +36,19 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        "report": ["matplotlib>=3.9", "tensorboard>=2.17"],  # curves of `tuning compare` as PNG, and what reads the events
+        "search": ["optuna>=5.0", "sqlalchemy>=2.1", "cmaes>=0.13"],  # --search=gp computes with torch, which whoever wants it installs
+        "postgres": ["psycopg[binary]>=3.3"],  # of --storage=postgresql+psycopg://...
+        "wandb": ["wandb>=0.20"],
+        "mlflow": ["mlflow>=2.16"],
         # torch is pinned: the tests compare with what it computes.
         "test": [
             "torch==2.13.0",
+            "cmaes>=0.13",
+            "matplotlib>=3.9",
+            "optuna>=5.0",
             "peft>=0.18",
+            "psycopg[binary]>=3.3",
             "pyright[nodejs]",
             "pytest>=8",
             "pytest-timeout",
@@ -45,6 +56,8 @@ setup(
             "qwix>=0.1.8",
             "ruff",
             "setuptools>=64",
+            "sqlalchemy>=2.1",
+            "tensorboard>=2.17",
         ],
     },
 )

@@ -36,6 +36,10 @@ def test_help_is_complete_quick_and_needs_no_jax(verb):
         "export": ["--format", "--merge", "--out", "--adapter"],
         "combine": ["--base", "--adapters", "--weights", "--how", "--density", "--svd_rank", "--out"],
         "prompts": ["--prompt", "--file", "--propose", "--ask", "--config.data.eval.path"],
+        "sweep": ["--sweep", "--seeds", "--dir", "--runner", "--workers", "--dry_run", "--retries", "--measure", "--config", "get_sweep()"],
+        "work": ["DIR", "--worker", "--distributed", "--coordinator"],
+        "compare": ["--by", "--metric", "--goal", "--at", "--against", "--format", "--out", "HPARAMS"],
+        "reproduce": ["--workdir", "--dry_run", "Exit status"],
     }
     assert all(flag in done.stdout for flag in flags[verb])
 

@@ -9,6 +9,10 @@ VERBS = {
     "prompts": "find the prompt after which a model answers best",
     "export": "write a Hugging Face directory or a PEFT adapter",
     "combine": "several adapters as one",
+    "compare": "put runs side by side, over their seeds",
+    "reproduce": "train a run again and say whether it is the same",
+    "sweep": "train many runs: a grid, seeds, random points",
+    "work": "take runs of a sweep until none waits (what a sweep starts)",
 }
 USAGE = """usage: tuning VERB [--flag=value ...]
 

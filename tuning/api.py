@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jax.sharding import Mesh
 from tuning import build
 from tuning.core import config as configs
 from tuning.core import tree
-from tuning.core.types import TrainState, Tree
+from tuning.core.types import Batch, TrainState, Tree
 from tuning.data import loader
 from tuning.loaded import LoadedModel, load, stop_ids
 from tuning.methods.method import added
@@ -28,9 +29,16 @@ from tuning.training.checkpoint import Checkpoints
 from tuning.training.progress import Display
 from tuning.training.writer import Writer
 
+OnEval = Callable[[int, dict[str, float]], None]
 
-def train(config: Mapping[str, Any], workdir_path: str | Path, *, argv: Sequence[str] = ()) -> dict[str, float]:
+
+def train(
+    config: Mapping[str, Any], workdir_path: str | Path, *, argv: Sequence[str] = (), on_eval: OnEval | None = None
+) -> dict[str, float]:
     """Runs a config (a nested dict or ConfigDict) in a directory, or goes on with the run that is there.
+
+    `on_eval` hears of each evaluation of this process once it is saved: the step, and every measure as it was last. It may end the run by
+    raising; with several processes it is called in all of them, and all must do the same.
 
     Returns the final measures: `train/loss`, `eval/loss`, `best/eval/loss` and `before/eval/loss` (nats per learned token; the last is that
     before the first step), the same of data.kept, `step`, ...
@@ -38,83 +46,129 @@ def train(config: Mapping[str, Any], workdir_path: str | Path, *, argv: Sequence
     """
     enable_compilation_cache()
     parts = build.parts(config)
-    path = Path(workdir_path)
-    first = jax.process_index() == 0
-    lock = workdir.claim(path, configs.plain(parts.config)) if first else None
-    try:
-        with jax.set_mesh(parts.model.mesh):
-            return _run(parts, path, first, argv or sys.argv)
-    finally:
-        if lock is not None:
-            lock.close()
+    with opened(parts, Path(workdir_path)) as run, jax.set_mesh(parts.model.mesh):
+        return train_opened(run, argv, on_eval)
 
 
-def _run(parts: build.Parts, path: Path, first: bool, argv: Sequence[str]) -> dict[str, float]:
-    m, seed = parts.model, parts.config["seed"]
-    display = Display(path.name, parts.settings.steps, 0, first)
-    said = summary(parts)
-    display.say(said)
-    checkpoints = Checkpoints(path / "checkpoints", keep_last=parts.checkpoint.keep_last, keep_best=parts.checkpoint.keep_best)
-    mixed = parts.train if parts.mixture is None else parts.mixture
-    data = loader.Loader(mixed, batch_size=parts.settings.batch_size, seed=seed, mesh=m.mesh)
-    digests = {name: rows.digest for name, rows, _ in parts.sources} | {name: rows.digest for name, rows in parts.held_out.items()}
+def train_opened(run: Opened, argv: Sequence[str] = (), on_eval: OnEval | None = None) -> dict[str, float]:
+    """What `train` does in a directory that is open."""
+    parts, m, seed = run.parts, run.parts.model, run.parts.config["seed"]
+    display = Display(run.path.name, parts.settings.steps, 0, run.first)
+    display.say(said := summary(parts))
     began, meta = time.monotonic(), {}
-    if checkpoints.last() is None:
+    if run.checkpoints.last() is None:
         start = state.start(build.start_params(m, seed), m.tuned, parts.optimizer.transform, m.mesh)
     else:
-        workdir.check_data(path, digests)
-        start, meta = restore(parts, checkpoints)
-        data.seek(meta["data"])
+        start, meta = restore(parts, run.checkpoints)
         display.say(f"Going on from step {int(start.step)}.")
-    if first:
-        if not meta:
-            workdir.write_json(path / "provenance.json", provenance.collect(argv, digests))
-        workdir.write_json(path / "config.json", configs.plain(parts.config))
+    run.begin(meta, argv)
     loaded = time.monotonic()
     compiled = step.jit(parts.train_step(seed), start, loader.abstract(parts.train, parts.settings.batch_size, m.mesh))
     display.say(f"Weights ready in {loaded - began:.1f} s, train step compiled in {time.monotonic() - loaded:.1f} s.")
-    display = Display(path.name, parts.settings.steps, int(start.step), first)
-    with contextlib.closing(Writer(path, after=int(start.step) if meta else -1)) as writer:
-        job = loop.Job(
-            compiled, data, parts.settings, parts.evaluation, parts.checkpoint, parts.optimizer.learning_rate, checkpoints, writer, display,
-            evaluate=evaluator(parts), sample=sampler(parts),
-            flops_per_token=flops_per_token(parts), peak_flops=peak_flops(m.mesh),
-        )  # fmt: skip
+    display = Display(run.path.name, parts.settings.steps, int(start.step), run.first)
+    with run.writer(int(start.step), meta, said) as writer:
+        _, final = loop.run(run.job(compiled, run.data, evaluator(parts), writer, display, on_eval), start, meta.get("memory"))
+        run.checkpoints.wait()
+    return final
+
+
+@contextlib.contextmanager
+def opened(parts: build.Parts, path: Path) -> Iterator[Opened]:
+    """Takes a directory for a run. ValueError if another run is in it, or its data has changed."""
+    first = jax.process_index() == 0
+    lock = workdir.claim(path, configs.plain(parts.config)) if first else contextlib.nullcontext()
+    keep = parts.checkpoint
+    with lock, contextlib.closing(Checkpoints(path / "checkpoints", keep_last=keep.keep_last, keep_best=keep.keep_best)) as checkpoints:
+        mixed = parts.train if parts.mixture is None else parts.mixture
+        data = loader.Loader(mixed, batch_size=parts.settings.batch_size, seed=parts.config["seed"], mesh=parts.model.mesh)
+        run = Opened(parts, path, first, checkpoints, data)
+        if checkpoints.last() is not None:
+            workdir.check_data(path, run.digests)
+        yield run
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A run in a directory that is its own; `first` of the processes writes there."""
+
+    parts: build.Parts
+    path: Path
+    first: bool
+    checkpoints: Checkpoints
+    data: loader.Loader
+
+    @property
+    def digests(self) -> dict[str, str]:
+        parts = self.parts
+        return {name: rows.digest for name, rows, _ in parts.sources} | {name: rows.digest for name, rows in parts.held_out.items()}
+
+    def begin(self, meta: Mapping[str, Any], argv: Sequence[str]) -> None:
+        """Notes what the run is and, for a new one, where it comes from; one that goes on, with its checkpoint's `meta`, finds its data."""
+        if meta:
+            self.data.seek(meta["data"])
+        elif self.first:
+            workdir.write_json(self.path / "provenance.json", provenance.collect(argv or sys.argv, self.digests))
+        if self.first:
+            workdir.write_json(self.path / "config.json", configs.plain(self.parts.config))
+
+    def writer(self, at: int, meta: Mapping[str, Any], said: str) -> Writer:
+        """For what happens after a step; of a new run, with what was said of it."""
+        log, config = self.parts.log, configs.plain(self.parts.config)
+        writer = Writer(self.path, after=at if meta else -1, to=log.to, config=config)
         if not meta:
             writer.text(0, "summary", said.replace("\n", "\n\n"))
-        try:
-            _, final = loop.run(job, start, meta.get("memory"))
-        finally:
-            checkpoints.close()
-    return final
+        return writer
+
+    def job(self, step: Any, data: Any, evaluate: Any, writer: Writer, display: Display, on_eval: OnEval | None) -> loop.Job:
+        parts = self.parts
+        return loop.Job(
+            step, data, parts.settings, parts.evaluation, parts.checkpoint, parts.optimizer.learning_rate, self.checkpoints, writer,
+            display, evaluate=evaluate, sample=sampler(parts), on_eval=on_eval,
+            flops_per_token=flops_per_token(parts), peak_flops=peak_flops(parts.model.mesh),
+        )  # fmt: skip
 
 
 def restore(parts: build.Parts, checkpoints: Checkpoints, which: str | int = "last") -> tuple[TrainState, dict[str, Any]]:
     """A saved train state on this run's mesh; frozen leaves come from the base model."""
     m = parts.model
-    learns, _ = tree.split(m.layout, m.tuned)
-    optimizer = state.optimizer_layout(parts.optimizer.transform, learns, m.mesh)
-    at, tuned, optimizer, meta = checkpoints.restore(which, learns, optimizer)
+    at, tuned, optimizer, meta = checkpoints.restore(which, *own_layout(parts))
     frozen = build.base_params(m, lambda name: not m.tuned(name), parts.config["seed"])
     return TrainState(state.at(at, m.mesh), tuned, frozen, optimizer), meta
+
+
+def own_layout(parts: build.Parts) -> tuple[Tree, Tree]:
+    """(leaves that learn, optimiser state) as ShapeDtypeStructs: what a checkpoint of the run holds."""
+    m = parts.model
+    learns, _ = tree.split(m.layout, m.tuned)
+    return learns, state.optimizer_layout(parts.optimizer.transform, learns, m.mesh)
+
+
+def held_out(parts: build.Parts) -> Iterator[tuple[str, Iterator[Batch]]]:
+    """(name, batches) of data.eval and data.kept, each row once."""
+    size = parts.evaluation.batch_size or parts.settings.batch_size // parts.settings.accumulate
+    for name, rows in parts.held_out.items():
+        yield name, loader.once(rows, batch_size=size, mesh=parts.model.mesh)
 
 
 def evaluator(parts: build.Parts):
     """state -> measures on data.eval (`eval/loss`, ...) and on data.kept (`kept/loss`, ...); None if there is no data."""
     if not parts.held_out:
         return None
-    size = parts.evaluation.batch_size or parts.settings.batch_size // parts.settings.accumulate
     judge = step.eval_step(parts.model.network.apply, parts.loss, parts.base)
     compiled = jax.jit(lambda params, batch: judge(tree.merge(*params), batch))
 
     def evaluate(s: TrainState) -> dict[str, float]:
         found = {}
-        for name, rows in parts.held_out.items():
-            measures = step.evaluate(compiled, (s.tuned, s.frozen), loader.once(rows, batch_size=size, mesh=parts.model.mesh))
-            found |= {f"{name}/{key}": value for key, value in _with_perplexity(measures).items()}
+        for name, batches in held_out(parts):
+            found |= named(name, step.evaluate(compiled, (s.tuned, s.frozen), batches))
         return found
 
     return evaluate
+
+
+def named(data: str, measures: dict[str, float]) -> dict[str, float]:
+    """Measures under the name of what they were taken on."""
+    return {f"{data}/{key}": value for key, value in _with_perplexity(measures).items()}
 
 
 def _with_perplexity(measures: dict[str, float]) -> dict[str, float]:

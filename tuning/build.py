@@ -34,8 +34,9 @@ from tuning.nn.sites import NOTHING, Outline
 from tuning.objectives import OBJECTIVES
 from tuning.source import SOURCES, Source
 from tuning.training import loop, state, step
-from tuning.training.optimizer import OPTIMIZERS, SCHEDULES, paced
+from tuning.training.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, paced
 from tuning.training.step import Apply
+from tuning.training.writer import Log
 
 Begun = dict[str, list[jax.Array]]
 ADDED = ("embed/added", "head/added")  # rows of added tokens: they learn under every method
@@ -59,6 +60,7 @@ SECTIONS: dict[str, Section] = {
     "train": Section({"": loop.Train}),
     "eval": Section({"": loop.Eval}),
     "checkpoint": Section({"": loop.Checkpoint}),
+    "log": Section({"": Log}),
 }
 SCALARS = {"seed": 0}
 
@@ -67,6 +69,18 @@ def resolve(config: Mapping[str, Any]) -> Config:
     """A user's config (a nested dict or a ConfigDict) with every default filled in. ValueError for keys that do not exist."""
     to_dict = getattr(config, "to_dict", None)
     return configs.resolve(SECTIONS, to_dict() if to_dict else config, SCALARS)
+
+
+def revived(plain: Mapping[str, Any]) -> Config:
+    """A whole config as it was before it was written as JSON: lists become tuples again where the key's values are tuples."""
+    config = resolve(plain)
+    for key, kind in configs.kinds(SECTIONS, config).items():
+        value = configs.dig(config, key)
+        if kind is tuple and isinstance(value, list):
+            configs.put(config, key, tuple(value))
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            configs.put(config, key, float(value))
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,17 +280,19 @@ class Parts:
     settings: loop.Train
     evaluation: loop.Eval
     checkpoint: loop.Checkpoint
+    log: Log
 
     @property
     def held_out(self) -> dict[str, Rows]:
         """What is evaluated, by name."""
         return {name: rows for name, rows in (("eval", self.eval), ("kept", self.kept)) if rows is not None}
 
-    def train_step(self, seed: int, transform: Any = None) -> Callable:
-        """(state, batch) -> (state after one update, measures), as training.step has it; `transform` in the optimizer's place, if given."""
+    def train_step(self, seed: int | jax.Array, transform: Any = None, apply: Apply | None = None) -> Callable:
+        """(state, batch) -> (state after one update, measures), as training.step has it; `transform` and `apply`, if given, stand in the
+        optimizer's and the network's place."""
         settings, optimizer = self.settings, self.optimizer
         return step.train_step(
-            self.model.network.apply, self.loss, transform or optimizer.transform, accumulate=settings.accumulate,
+            apply or self.model.network.apply, self.loss, transform or optimizer.transform, accumulate=settings.accumulate,
             clip_norm=settings.clip_norm, seed=seed, begun=optimizer.begun, penalty=self.model.method.penalty, base=self.base,
         )  # fmt: skip
 
@@ -288,22 +304,25 @@ class Parts:
         return [("train", self.train, 1 - self.mixture.share), ("replay", self.mixture.other, self.mixture.share)]
 
 
-def parts(config: Mapping[str, Any]) -> Parts:
-    """The parts of a run. Every mistake in the config is a ValueError here, before any compilation."""
+def parts(config: Mapping[str, Any], like: Parts | None = None) -> Parts:
+    """The parts of a run. Every mistake in the config is a ValueError here, before any compilation.
+
+    `like` is another run: what it has read and built already is taken over where the two configs say the same.
+    """
     c = resolve(config)
+    same = lambda *keys: like is not None and all(configs.plain(c[key]) == configs.plain(like.config[key]) for key in keys)  # noqa: E731
     bind = functools.partial(configs.bind, SECTIONS, c)
-    settings, evaluation, keep = bind("train")(), bind("eval")(), bind("checkpoint")()
-    optimizer = bind("optimizer")(bind("optimizer.schedule")(settings.steps))
+    settings, evaluation, keep, log = bind("train")(), bind("eval")(), bind("checkpoint")(), bind("log")()
+    bind("optimizer")(bind("optimizer.schedule")(settings.steps))  # a mistake there is found before any file is read
     where = bind("mesh")()
     loss = bind("objective")()
-    source = bind("model")()
+    source = like.model.source if like is not None and same("model") else bind("model")()
     check_objective(source, c["objective"]["name"])
-    chosen = bind("method")(outline(source))
-    built = model(source, chosen, where)
+    alike = like is not None and same("model", "mesh", "method")
+    built = like.model if like is not None and alike else model(source, bind("method")(outline(source)), where)
     if not any(map(built.tuned, tree.flatten(built.layout))):
         raise ValueError("No leaf of the model would learn under this method.")
-    optimizer = paced(optimizer, {name: built.pace(name) for name in tree.flatten(built.layout) if built.tuned(name)}, settings.steps)
-    optimizer = dataclasses.replace(optimizer, around=chosen.around(settings.steps))
+    optimizer = optimized(c, built)
     if source.adapter is not None:
         _check_adapter(built, source.adapter, c["method"])
     rows = meshes.row_count(where)
@@ -311,18 +330,37 @@ def parts(config: Mapping[str, Any]) -> Parts:
     for name, size in pieces.items():
         if size % rows:
             raise ValueError(f"{name}={size} must be a multiple of {rows}, the pieces that the mesh splits a batch into.")
-    train = bind("data.train")(built.reader, bind("data.train.format")())
+    if like is not None and same("model", "mesh", "data") and built.reader == like.model.reader:
+        read = like.train, like.mixture, like.eval, like.kept
+    else:
+        read = _read(c, built)
+    return Parts(c, built, loss, optimizer, *read, compared(built, c["objective"]), settings, evaluation, keep, log)
+
+
+def optimized(c: Config, m: Model, rates: Mapping[str, Any] | None = None) -> Optimizer:
+    """The optimizer of a resolved config for this model's leaves; `rates` has those of some leaves' paces, in the method's place."""
+    bind, steps = functools.partial(configs.bind, SECTIONS, c), c["train"]["steps"]
+    paces = {name: m.pace(name) for name in tree.flatten(m.layout) if m.tuned(name)}
+    paces |= {name: paces[name]._replace(rate=rate) for name, rate in (rates or {}).items()}
+    made = paced(bind("optimizer")(bind("optimizer.schedule")(steps)), paces, steps)
+    return dataclasses.replace(made, around=m.method.around(steps))
+
+
+def _read(c: Config, m: Model) -> tuple[Rows, Mixture | None, Rows | None, Rows | None]:
+    """What is trained on, that among what is replayed, and what is held out of the two."""
+    bind = functools.partial(configs.bind, SECTIONS, c)
+    train = bind("data.train")(m.reader, bind("data.train.format")())
     there = lambda name: given(configs.dig(c, f"data.{name}.path"))  # noqa: E731
     if given(c["data"]["replay"]["share"]) and not there("replay"):
         raise ValueError(f"data.replay.share={c['data']['replay']['share']}, but of which text? Set data.replay.path.")
     if there("kept") and not there("eval"):
         raise ValueError("data.kept is evaluated along with data.eval, which has no path. Set data.eval.path too.")
-    mixture = bind("data.replay")(built.reader, bind("data.replay.format")(), train) if there("replay") else None
-    held_out, kept = (bind(f"data.{n}")(built.reader, bind(f"data.{n}.format")()) if there(n) else None for n in ("eval", "kept"))
+    mixture = bind("data.replay")(m.reader, bind("data.replay.format")(), train) if there("replay") else None
+    held_out, kept = (bind(f"data.{n}")(m.reader, bind(f"data.{n}.format")()) if there(n) else None for n in ("eval", "kept"))
     for name, data in (("data.train", train), ("data.eval", held_out), ("data.kept", kept)):
-        if data is not None and data.length > (room := source.config.max_length - chosen.sites.offset):
+        if data is not None and data.length > (room := m.source.config.max_length - m.method.sites.offset):
             raise ValueError(f"{name}.length={data.length} is more than the {room} positions that the model was made for.")
-    return Parts(c, built, loss, optimizer, train, mixture, held_out, kept, compared(built, c["objective"]), settings, evaluation, keep)
+    return train, mixture, held_out, kept
 
 
 def check_objective(source: Source, name: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,28 @@ def split(argv: list[str]) -> tuple[str | None, dict[str, str], list[str]]:
 
 
 def read(path: str) -> Config:
-    """get_config(arg) of a config file, `FILE.py` or `FILE.py:arg`."""
+    """get_config(arg) of a config file, `FILE.py` or `FILE.py:arg`; or what FILE.json holds, as a run's config.json does."""
     name, colon, arg = path.partition(":")
     file = Path(name)
     if not file.is_file():
         there = ", ".join(sorted(p.name for p in file.parent.glob("*.py")))
         raise ValueError(f"--config={path}: no such file. {file.parent} has {there or 'no configs'}.")
+    if file.suffix == ".json":
+        return build.revived(json.loads(file.read_text()))
+    get_config = function(file, "get_config", "returns a ConfigDict")
+    config = get_config(arg) if colon else get_config()
+    return config.to_dict()
+
+
+def function(file: Path, name: str, does: str) -> Callable[..., Any]:
+    """The function of this name in a Python file."""
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"{file} has no function get_config() that returns a ConfigDict.")
-    config = module.get_config(arg) if colon else module.get_config()
-    return config.to_dict()
+    if not hasattr(module, name):
+        raise ValueError(f"{file} has no function {name}() that {does}.")
+    return getattr(module, name)
 
 
 def merge(config: Mapping[str, Any], overrides: Mapping[str, str]) -> Config:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tuning.cli import common
+from tuning.cli import common, processes
 
 EPILOG = """config:
   --config=FILE.py[:ARG]     a file with get_config(ARG) that returns a ConfigDict; configs/ has one per run we stand behind
@@ -20,7 +20,7 @@ sections: each is a part, chosen by SECTION.name where there is a choice; changi
   optimizer           adamw, adafactor, sgd, lion, muon
   optimizer.schedule  constant, linear, cosine, wsd
   mesh                data, fsdp, tensor (sizes; -1 takes the devices that are left)
-  train, eval, checkpoint, seed
+  train, eval, checkpoint, log, seed
 
 `--dry_run` prints every key with its value.
 
@@ -34,10 +34,7 @@ def main(argv: list[str]) -> int:
     p = common.parser("train", "Tune a model by a config. The same command goes on with a run that was stopped.", EPILOG)
     p.add_argument("--workdir", metavar="DIR", help="the run's directory; required unless --dry_run")
     p.add_argument("--dry_run", action="store_true", help="check and show everything, stop before compiling")
-    p.add_argument("--distributed", action="store_true", help="one of several processes of a TPU pod or Slurm job, which tell jax the rest")
-    p.add_argument("--coordinator", metavar="HOST:PORT", help="one of several processes anywhere else: the address of process 0, and ...")
-    p.add_argument("--processes", type=int, help="... how many there are")
-    p.add_argument("--process", type=int, help="... and which one this is, from 0")
+    processes.add_flags(p)
     if "-h" in argv or "--help" in argv:
         p.parse_args(argv)
     from tuning.cli import flags
@@ -48,10 +45,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("train needs --config=FILE.py; configs/ has examples.")
     if not args.dry_run and not args.workdir:
         raise ValueError("train needs --workdir=DIR for what it writes, or --dry_run.")
-    if args.distributed or args.coordinator:
-        import jax
-
-        jax.distributed.initialize(args.coordinator, args.processes, args.process)
+    processes.join(args)
     config = flags.merge(flags.read(path), overrides)
     if args.dry_run:
         from tuning import build
@@ -59,9 +53,11 @@ def main(argv: list[str]) -> int:
 
         describe.show(build.parts(config))
         return 0
+    import jax
+
     from tuning import api
 
     final = api.train(config, args.workdir, argv=[*sys.argv[:2], *argv])
-    if not args.process:
+    if jax.process_index() == 0:
         print("  ".join(f"{name} {value:.6g}" for name, value in final.items() if not name.startswith(("time/", "memory/"))))
     return 0

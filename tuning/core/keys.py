@@ -12,8 +12,8 @@ def fold(key: jax.Array | None, purpose: str) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, zlib.crc32(purpose.encode()))
 
 
-def at(seed: int, step: jax.Array | int, purpose: str) -> jax.Array:
-    """The key of one step; `step` may be traced."""
+def at(seed: int | jax.Array, step: jax.Array | int, purpose: str) -> jax.Array:
+    """The key of one step; both numbers may be traced."""
     key = fold(jax.random.key(seed), purpose)
     assert key is not None
     return jax.random.fold_in(key, step)

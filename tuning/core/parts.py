@@ -30,11 +30,14 @@ def schema(part: Part) -> dict[str, Any]:
 
 def kind(part: Part, key: str) -> type:
     """The type of a key's values, from its annotation: `int | None` gives int."""
-    hint = get_type_hints(part).get(key, str)
+    hint = _hints(part).get(key, str)
     options = [t for t in getattr(hint, "__args__", ()) if t is not type(None)]
     union = type(None) in getattr(hint, "__args__", ())
     hint = options[0] if union else hint
     return getattr(hint, "__origin__", hint)
+
+
+_hints = functools.cache(get_type_hints)  # slow, and asked for with every key
 
 
 def pick(table: Mapping[str, Part], name: str, where: str) -> Part:

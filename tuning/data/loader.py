@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tuning.core import mesh as meshes
 from tuning.core.types import Batch
@@ -111,31 +111,36 @@ def _epochs(count: int, text: int = 0, *, seed: int) -> Order:
     return lambda place: int(stream[place])  # pyright: ignore[reportArgumentType]
 
 
-def abstract(rows: RowSource, count: int, mesh: Mesh) -> Batch:
-    """Shapes, dtypes and shardings of a batch of so many rows."""
-    sharding = meshes.rows(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=sharding), rows.abstract)
+def abstract(rows: RowSource, count: int, mesh: Mesh, members: tuple[int, ...] = ()) -> Batch:
+    """Shapes, dtypes and shardings of a batch of so many rows, or of the batches of so many members, stacked."""
+    sharding = NamedSharding(mesh, PartitionSpec(*(None for _ in members), *meshes.rows(mesh).spec))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*members, count, *x.shape), x.dtype, sharding=sharding), rows.abstract)
 
 
 def place(rows: RowSource, indices: Sequence[int] | np.ndarray, mesh: Mesh) -> Batch:
-    """The global batch of these rows; an index past the last row stands for padding. Only the rows of this process's devices are built."""
-    leaves, structure = jax.tree.flatten(abstract(rows, len(indices), mesh))
-    blank = [np.zeros(leaf.shape[1:], leaf.dtype) for leaf in leaves]
+    """The global batch of these rows, or for indices [K, B] the batches [K, B, ...] of K members.
+
+    An index past the last row stands for padding. Only the rows of this process's devices are built.
+    """
+    indices = np.asarray(indices)
+    *members, count = indices.shape
+    leaves, structure = jax.tree.flatten(abstract(rows, count, mesh, tuple(members)))
+    blank = [np.zeros(leaf.shape[indices.ndim :], leaf.dtype) for leaf in leaves]
 
     @functools.cache  # devices that hold the same rows, and the arrays, share one piece
     def piece(start: int, stop: int) -> list[np.ndarray]:
-        chosen = [jax.tree.leaves(rows[int(i)]) if i < len(rows) else blank for i in indices[start:stop]]
-        return [np.stack(arrays) for arrays in zip(*chosen, strict=True)]
+        chosen = [jax.tree.leaves(rows[int(i)]) if i < len(rows) else blank for i in indices[..., start:stop].ravel()]
+        return [np.stack(arrays).reshape(*members, stop - start, *arrays[0].shape) for arrays in zip(*chosen, strict=True)]
 
     def held(number: int, index: tuple[slice, ...] | None) -> np.ndarray:
         assert index
-        return piece(*index[0].indices(len(indices))[:2])[number]
+        return piece(*index[len(members)].indices(count)[:2])[number]
 
     arrays = [jax.make_array_from_callback(x.shape, x.sharding, functools.partial(held, i)) for i, x in enumerate(leaves)]
     return structure.unflatten(arrays)
 
 
-def prefetch(make: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def prefetch(make: Callable[[Item], Result], items: Iterable[Item]) -> Generator[Result]:
     """make(item) for each item, in order, AHEAD of them computed early in one thread. What the thread raises is raised at that item's turn.
 
     Closing the iterator, or losing the last reference to it, ends the thread.

@@ -196,5 +196,7 @@ def adalora(
         sites=kernels.answered(kernels.chosen(outline, targets), lambda site, rngs: Triplets(site, init_rank, scale, dropout, rngs)),
         fold=functools.partial(kernels.fold, adapted=adapted),
         penalty=functools.partial(penalty, orthogonal) if orthogonal else None,
+        gain=lambda name: scale if name.endswith("/adapter/e") else 1.0,
+        loose=("alpha",),
         around=Budget(init_rank, target_rank, warmup_steps, final_steps, every, beta1, beta2).around,
     )

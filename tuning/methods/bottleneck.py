@@ -64,4 +64,5 @@ def bottleneck(outline: Outline, *, width: int = 64, place: str = "pfeiffer", ac
         there = place == "houlsby" or site.role.endswith("mlp")
         return Adapter(site, width, place, activation, scale, rngs) if there else None
 
-    return Method(tuned=added, sites=Sites(branch=branch), fold=None)
+    gain = lambda name: scale if name.endswith(("/adapter/up", "/adapter/up_bias")) else 1.0  # noqa: E731
+    return Method(tuned=added, sites=Sites(branch=branch), fold=None, gain=gain, loose=("scale",))

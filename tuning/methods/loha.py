@@ -52,4 +52,5 @@ def loha(outline: Outline, *, rank: int = 8, alpha: float = 8.0, targets: tuple[
     def adapted(role: str, kernel_LDF: jax.Array, own: Leaves) -> jax.Array:
         return kernel_LDF + scale * change(own)
 
-    return Method(tuned=added, sites=sites, fold=functools.partial(kernels.fold, adapted=adapted))
+    gain = lambda name: scale if name.endswith("/adapter/w2_b") else 1.0  # noqa: E731
+    return Method(tuned=added, sites=sites, fold=functools.partial(kernels.fold, adapted=adapted), gain=gain, loose=("rank", "alpha"))

@@ -93,4 +93,5 @@ def lokr(
         w1_LMP, w2_LNQ = factors(own)
         return kernel_LDF + scale * jnp.einsum("lmp,lnq->lmnpq", w1_LMP, w2_LNQ).reshape(kernel_LDF.shape)
 
-    return Method(tuned=added, sites=sites, fold=functools.partial(kernels.fold, adapted=adapted))
+    gain = lambda name: scale if name.endswith(("/adapter/w1", "/adapter/w1_a")) else 1.0  # noqa: E731
+    return Method(tuned=added, sites=sites, fold=functools.partial(kernels.fold, adapted=adapted), gain=gain, loose=("alpha",))

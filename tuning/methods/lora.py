@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from tuning.core.types import Tree
 from tuning.methods import kernels
 from tuning.methods.kernels import Leaves
 from tuning.methods.method import Method, Pace, added
+from tuning.nn import stack
 from tuning.nn.dropout import dropout as drop
 from tuning.nn.sites import Outline, Project, Site, along_last
 from tuning.nn.weight import Stored, matmul, value
@@ -175,17 +176,21 @@ def lora(
         whole_LDF = whole(kernel_LDF, own, scale_of[role])
         return whole_LDF * (own["magnitude"] / jnp.linalg.norm(whole_LDF, axis=-2))[..., None, :] if dora else whole_LDF
 
-    def pace(name: str) -> Pace:
-        return Pace(rate={"b": b_rate, "a0": 0.0, "b0": 0.0}.get(name.rpartition("/adapter/")[2], 1.0))
-
     return Method(
         tuned=added,
         sites=kernels.answered(sites, make),
         start=functools.partial(_start, init, dora, scale_of) if dora or init in FROM_KERNEL else Method.start,
         fold=functools.partial(kernels.fold, adapted=adapted),
         residual=functools.partial(_residual, rank_of, scale_of) if init == "loftq" else None,
-        pace=pace,
+        pace=lambda name: Pace(rate={"b": b_rate, "a0": 0.0, "b0": 0.0}.get(name.rpartition("/adapter/")[2], 1.0)),
+        gain=functools.partial(_gain, scale_of),
+        loose=("rank", "ranks", "alpha", "alphas", "rank_stabilized", "init", "b_rate"),
     )
+
+
+def _gain(scale_of: Mapping[str, float], name: str) -> float:
+    place, _, leaf = name.rpartition("/adapter/")
+    return scale_of[stack.apart(place)[0]] if leaf in ("b", "b0") else 1.0
 
 
 def _chosen(outline: Outline, targets: tuple[str, ...], init: str, dora: bool) -> tuple[Site, ...]:

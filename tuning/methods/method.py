@@ -48,6 +48,9 @@ class Method:
     pace    how fast the leaf of this name learns
     slots   positions that are kept free before the tokens of every example, for what the method puts there
     penalty tuned leaves -> a scalar that is added to the loss that is lowered; None where nothing is
+    gain    what the leaf of this name is multiplied by where it is used: c times the leaf does what gain c would
+    loose   keys of its config that change nothing in the network besides gains, paces, what leaves start from, and ranks, which zeros may
+            fill up: runs that differ in them alone can be one program
     around  train.steps -> (the optimizer's whole transformation -> the one to train with). ValueError for a run that is too short
     """
 
@@ -61,4 +64,6 @@ class Method:
     pace: Callable[[str], Pace] = lambda name: Pace()
     slots: int = 0
     penalty: Callable[[Tree], jax.Array] | None = None
+    gain: Callable[[str], float] = lambda name: 1.0
+    loose: tuple[str, ...] = ()
     around: Callable[[int], Wrap] = lambda steps: lambda transform: transform

@@ -38,4 +38,4 @@ def prefix(outline: Outline, *, length: int = 10, scale: float = 0.02) -> Method
             "Prefix tuning needs attention whose positions are rotary or learned; this model's has none, or a bias by distance."
         )
     memory = lambda site, rngs: Prefix(site, length, scale, rngs)  # noqa: E731
-    return Method(tuned=added, sites=Sites(memory=memory, offset=length), fold=None)
+    return Method(tuned=added, sites=Sites(memory=memory, offset=length), fold=None, loose=("scale",))

@@ -70,7 +70,8 @@ def prompt(outline: Outline, *, length: int = 20, init: str = "vocabulary", text
         return tree.unflatten({**leaves, LEAF: jax.device_put(rows_nD.astype(leaves[LEAF].dtype), leaves[LEAF].sharding)})
 
     embed = lambda site, rngs: Prompt(site, length, rngs)  # noqa: E731
-    return Method(tuned=lambda name: name == LEAF, sites=Sites(embed=embed), start=start, fold=None, slots=length)
+    loose = ("init", "text", "seed")
+    return Method(tuned=lambda name: name == LEAF, sites=Sites(embed=embed), start=start, fold=None, slots=length, loose=loose)
 
 
 def check(outline: Outline, length: int) -> None:

@@ -87,4 +87,4 @@ def vera(
         return kernel_LDF + (a_DR[None, :D] * own["lambda_d"][:, None]) @ (b_RF[None, :, :F] * own["lambda_b"][:, None])
 
     places = kernels.answered(sites, lambda site, rngs: Vectors(site, shared, d_initial, dropout))
-    return Method(tuned=added, sites=places, fold=functools.partial(kernels.fold, adapted=adapted))
+    return Method(tuned=added, sites=places, fold=functools.partial(kernels.fold, adapted=adapted), loose=("d_initial",))

@@ -97,6 +97,7 @@ class Job:
     learning_rate   step -> float
     evaluate        state -> {measure: value}, with eval/loss among them; or None without evaluation data
     sample          state -> text for TensorBoard, or None
+    on_eval         hears of each evaluation once it is saved: the step, and every measure as it was last; it may end the run by raising
     flops_per_token, peak_flops   of the model and of all devices together; without a known peak no MFU is reported
     """
 
@@ -111,6 +112,7 @@ class Job:
     display: Display
     evaluate: Callable[[TrainState], dict[str, float]] | None = None
     sample: Callable[[TrainState], str] | None = None
+    on_eval: Callable[[int, dict[str, float]], None] | None = None
     flops_per_token: float = 0.0
     peak_flops: float | None = None
 
@@ -122,18 +124,36 @@ def run(job: Job, state: TrainState, memory: dict[str, Any] | None = None) -> tu
     Interrupted after a signal, FloatingPointError where a step's loss or gradient was not finite; in both cases nothing that was saved is
     harmed.
     """
+    with Guard() as guard, job.display:
+        course = steps(job, state, memory, guard.stops)
+        while True:
+            try:
+                next(course)
+            except StopIteration as done:
+                return done.value
+
+
+def steps(
+    job: Job, state: TrainState, memory: dict[str, Any] | None, stops: Callable[[int], int | None]
+) -> Generator[None, None, tuple[TrainState, dict[str, float]]]:
+    """`run` as a generator, so that several runs can go on in turns: it pauses before each step, and once what was measured in the step is
+    written. `stops` is as the guard has it."""
     memory = {"best": None, "worse": 0, "before": {}, **(memory or {})}
     first, last = int(state.step), job.train.steps
     final: dict[str, float] = {}
     clock = Clock(job, first)
     if first == 0:
         final |= _evaluate(job, state, 0, memory)
+        _tell(job, 0, final)
     elif first >= last and job.evaluate:
         job.display.say(f"All {last} steps are made; raise train.steps to go on.")
         final |= job.evaluate(state)
+        _tell(job, first, final)
     step = first
-    with Guard() as guard, job.display, contextlib.closing(iter(job.data)) as batches:
+    with contextlib.closing(iter(job.data)) as batches:
         for step in range(first + 1, last + 1):
+            yield
+            clock.skip()
             state, means = job.step(state, next(batches))
             clock.tick(step, means)
             job.display.advance(step)
@@ -144,19 +164,21 @@ def run(job: Job, state: TrainState, memory: dict[str, Any] | None = None) -> tu
                 job.writer.write(step, values)
                 job.display.note(step, values)
                 final |= values
+            yield
             if evaluates and job.evaluate:
                 clock.check()
                 final |= _evaluate(job, state, step, memory)
             early = bool(job.eval.patience and memory["worse"] >= job.eval.patience)
-            signum = guard.stops(step)
+            signum = stops(step)
             if saves or early or signum:
                 clock.check()
                 metric = final.get("eval/loss") if evaluates else None
                 job.checkpoints.save(step, state.tuned, state.optimizer, {"data": job.data.position(), "memory": memory}, metric)
-                clock.skip()
             if signum:
                 job.checkpoints.wait()
                 raise Interrupted(signum, step)
+            if evaluates:
+                _tell(job, step, final)
             if early:
                 job.display.say(
                     f"Stopped early at step {step}: {memory['worse']} evaluations without a better loss than {memory['best']:.4f}."
@@ -170,6 +192,11 @@ def run(job: Job, state: TrainState, memory: dict[str, Any] | None = None) -> tu
         if name.endswith("/loss"):
             job.display.say(f"{name.replace('/', ' ')} {before:.4f} before, {final[name]:.4f} after")
     return state, {"step": step, **final}
+
+
+def _tell(job: Job, step: int, measures: dict[str, float]) -> None:
+    if job.evaluate and job.on_eval:
+        job.on_eval(step, dict(measures))
 
 
 def _evaluate(job: Job, state: TrainState, step: int, memory: dict[str, Any]) -> dict[str, float]:
@@ -220,7 +247,7 @@ class Clock:
     def read(self) -> dict[str, float]:
         """The last step's measures, and speed since the last line."""
         self.check()
-        host: list[Any] = jax.device_get([means for _, means in self._recent])
+        host: list[Any] = jax.device_get([dict(means) for _, means in self._recent])
         seconds = (time.monotonic() - self._began) / len(host)
         tokens = sum(float(means["tokens"].total) for means in host) / len(host)
         self._recent, self._began = [], time.monotonic()

@@ -3,6 +3,9 @@
 All of them lower a leaf by `learning_rate * schedule(count) * (direction + weight_decay * leaf)`, where count is the number of updates
 made before: decay is decoupled (Loshchilov and Hutter, 2019, arXiv:1711.05101), and the first update uses schedule(0), which under
 warm-up is 0. Directions and moments are computed in float32, whatever the dtype of the leaves.
+
+Rates, decays and what a schedule is made of may be traced arrays, so that runs which differ in them share one program. Traced numbers are
+not checked: whoever traces them has checked each as a number before. A traced weight decay is not 0.
 """
 
 from __future__ import annotations
@@ -74,7 +77,7 @@ def wsd(steps: int, *, warmup_steps: int = 0, decay_steps: int | None = None, fi
     Hu et al., 2024, arXiv:2404.06395; the shape of the decay: Hägele et al., 2024, arXiv:2405.18392.
     """
     decay_steps = max(1, steps // 10) if decay_steps is None else decay_steps
-    if decay_steps < 1 or warmup_steps + decay_steps > steps:
+    if not _traced(warmup_steps, decay_steps) and (decay_steps < 1 or warmup_steps + decay_steps > steps):
         raise ValueError(
             f"warmup_steps={warmup_steps} and decay_steps={decay_steps} do not fit into a run of {steps} steps; lower one of them."
         )
@@ -84,20 +87,24 @@ def wsd(steps: int, *, warmup_steps: int = 0, decay_steps: int | None = None, fi
 SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd}
 
 
+def _traced(*values: Any) -> bool:
+    return any(isinstance(value, jax.Array) for value in values)
+
+
 def _part(count: jax.Array, start: int, stop: int) -> jax.Array:
     """How far count has come from start to stop, from 0 to 1."""
     return jnp.clip((count - start) / (stop - start), 0.0, 1.0)
 
 
 def _after_warmup(steps: int, warmup_steps: int, then: Callable[[jax.Array], jax.Array], final: float = 1.0) -> Schedule:
-    if not 0 <= warmup_steps < steps:
+    if not _traced(warmup_steps) and not 0 <= warmup_steps < steps:
         raise ValueError(f"warmup_steps={warmup_steps} does not fit into a run of {steps} steps; it is at least 0 and less than that.")
-    if not 0 <= final <= 1:
+    if not _traced(final) and not 0 <= final <= 1:
         raise ValueError(f"final={final} is a multiplier of the learning rate, between 0 and 1.")
 
     def schedule(count: Any) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)
-        return jnp.where(count < warmup_steps, count / max(warmup_steps, 1), then(count))
+        return jnp.where(count < warmup_steps, count / jnp.maximum(warmup_steps, 1), then(count))
 
     return schedule
 
@@ -204,7 +211,7 @@ OPTIMIZERS = {"adamw": adamw, "adafactor": adafactor, "sgd": sgd, "lion": lion, 
 def _optimizer(
     direction: optax.GradientTransformation, schedule: Schedule, learning_rate: float, weight_decay: float, decay: str
 ) -> Optimizer:
-    if learning_rate < 0 or weight_decay < 0:
+    if not _traced(learning_rate, weight_decay) and (learning_rate < 0 or weight_decay < 0):
         raise ValueError(f"learning_rate={learning_rate} and weight_decay={weight_decay} may not be negative.")
 
     def decays(leaves: Tree) -> Tree:
@@ -217,7 +224,7 @@ def _optimizer(
     def rate(count: Any) -> jax.Array:
         return learning_rate * schedule(count)
 
-    pull = optax.add_decayed_weights(weight_decay, decays) if weight_decay else optax.identity()
+    pull = optax.add_decayed_weights(weight_decay, decays) if _traced(weight_decay) or weight_decay else optax.identity()
     return Optimizer(direction, pull, rate)
 
 
@@ -259,10 +266,11 @@ def paced(optimizer: Optimizer, paces: Mapping[str, Pace], steps: int) -> Optimi
 
     What begins at a step is optimised from there on as if the run began there, at the rate that the schedule has then: until then
     neither it nor its part of the state changes. A leaf whose layers begin apart is optimised layer by layer; one of rate 0 has no state.
-    `paces` names the leaves that learn. ValueError where one would begin only after the `steps` of the run.
+    `paces` names the leaves that learn. A rate may be a traced array, one number or one for each layer, that is not 0. ValueError where a
+    leaf would begin only after the `steps` of the run.
     """
     paces = {name: Pace(_even(rate), _even(begin)) for name, (rate, begin) in paces.items()}
-    if all(pace == Pace() for pace in paces.values()):
+    if all(is_usual(pace) for pace in paces.values()):
         return optimizer
     for name, pace in paces.items():
         if (last := max(np.atleast_1d(pace.begin))) >= steps:
@@ -270,7 +278,7 @@ def paced(optimizer: Optimizer, paces: Mapping[str, Pace], steps: int) -> Optimi
                 f"{name} would learn from step {last} on only, and train.steps={steps}. Raise train.steps, or lower method.unfreeze_every."
             )
     groups: dict[Any, list[str]] = {}
-    moving = [name for name, pace in paces.items() if np.max(pace.rate) > 0]
+    moving = [name for name, pace in paces.items() if _traced(pace.rate) or np.max(pace.rate) > 0]
     for name in moving:
         groups.setdefault(paces[name].begin, []).append(name)
 
@@ -294,6 +302,11 @@ def paced(optimizer: Optimizer, paces: Mapping[str, Pace], steps: int) -> Optimi
         return begun(updates, state.count), Paced(state.count + 1, parts, pull)
 
     return Optimizer(optax.GradientTransformation(init, update), optax.identity(), optimizer.learning_rate, begun)
+
+
+def is_usual(pace: Pace) -> bool:
+    """Whether a leaf of this pace learns as it does where nothing is said of paces."""
+    return not _traced(pace.rate) and Pace(_even(pace.rate), _even(pace.begin)) == Pace()
 
 
 def _even(values: Any) -> Any:

@@ -55,3 +55,19 @@ class Display:
     def say(self, text: str) -> None:
         if self._show:
             console.print(text)
+
+
+class Voice(Display):
+    """One of several runs that share a display: what it says bears its name, and the bar shows the first of them that still goes on."""
+
+    def __init__(self, shared: Display, name: str):
+        self._shared, self._name = shared, name
+
+    def advance(self, step: int) -> None:
+        self._shared.advance(step)
+
+    def note(self, step: int, values: dict[str, float]) -> None:
+        self._shared.note(step, values)
+
+    def say(self, text: str) -> None:
+        self._shared.say(f"{self._name}: {text}")

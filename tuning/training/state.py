@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,15 +39,16 @@ def layout(
 def fresh(init: Callable[[jax.Array], Tree], wanted: Tree, seed: int) -> Tree:
     """The leaves of `wanted` out of `init(key)`; what is not wanted is never computed."""
     names = tree.flatten(wanted)
-    if not names:
-        return {}
+    return _creation(init, tuple(names.items()))(keys.at(seed, 0, "init")) if names else {}
 
+
+@functools.lru_cache(maxsize=4)  # runs that differ by seed share one program
+def _creation(init: Callable[[jax.Array], Tree], wanted: tuple[tuple[str, Any], ...]) -> Callable[[jax.Array], Tree]:
     def create(key):
         leaves = tree.flatten(init(key))
-        return tree.unflatten({name: leaves[name].astype(leaf.dtype) for name, leaf in names.items()})
+        return tree.unflatten({name: leaves[name].astype(leaf.dtype) for name, leaf in wanted})
 
-    key = keys.at(seed, 0, "init")
-    return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, wanted))(key)
+    return jax.jit(create, out_shardings=tree.unflatten({name: leaf.sharding for name, leaf in wanted}))
 
 
 def optimizer_layout(transform: optax.GradientTransformation, tuned: Tree, where: Mesh) -> Tree:

@@ -6,7 +6,7 @@ loss over the tuned leaves -> sums of gradients and weights over microbatches ->
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,15 @@ Apply = Callable[..., tuple]  # apply(params, batch, key) -> hidden, head, measu
 
 
 def train_step(
-    apply: Apply, loss: Loss, transform: optax.GradientTransformation, *, accumulate: int, clip_norm: float, seed: int,
+    apply: Apply, loss: Loss, transform: optax.GradientTransformation, *, accumulate: int, clip_norm: float | jax.Array,
+    seed: int | jax.Array,
     begun: Callable[[Tree, jax.Array], Tree] = lambda gradients, step: gradients, penalty: Callable[[Tree], jax.Array] | None = None,
     base: Apply | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Means]]:  # fmt: skip
     """(state, batch) -> (state after one update, measures); to be jitted with the state donated.
 
     accumulate  microbatches per update; the update is that of the whole batch
-    clip_norm   largest global norm of the gradient of the tuned leaves; 0 leaves it alone
+    clip_norm   largest global norm of the gradient of the tuned leaves; 0 leaves it alone. Traced, it is not 0
     begun       (gradients, step) -> the gradients, 0 where a leaf does not learn yet: those count for no norm
     penalty     (tuned leaves) -> what is added to the loss that is lowered; reported apart, as `penalty`
     base        (parameters, batch) -> what the model said before it was tuned, from the leaves that do not learn alone
@@ -63,7 +64,7 @@ def train_step(
         weight = means["loss"].weight
         grads = begun(jax.tree.map(lambda g: g / jnp.where(weight == 0, 1, weight), grads), state.step)
         norm = optax.global_norm(grads)
-        if clip_norm:
+        if isinstance(clip_norm, jax.Array) or clip_norm:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1, clip_norm / jnp.maximum(norm, 1e-30)), grads)
         updates, optimizer = transform.update(grads, state.optimizer, state.tuned)
         tuned = optax.apply_updates(state.tuned, updates)
@@ -99,15 +100,21 @@ def _bound(base: Apply | None, params: Tree) -> Forward | None:
     return None if base is None else functools.partial(base, params)
 
 
-def evaluate(step: Callable[[Tree, Batch], Means], params: Tree, batches) -> dict[str, float]:
-    """The measures over all batches. ValueError if no target has a weight."""
+def totals(step: Callable[[Tree, Batch], Means], params: Tree, batches: Iterable[Batch]) -> dict[str, Mean]:
+    """The measures over all batches, on this host. ValueError if no target has a weight."""
     total: dict[str, Mean] | None = None
     for batch in batches:
         means = dict(step(params, batch))
         total = means if total is None else jax.tree.map(jnp.add, total, means)
-    if total is None or not float(total["loss"].weight):
+    total = jax.device_get(total)
+    if total is None or not total["loss"].weight.any():
         raise ValueError("The evaluation data holds no learned token: there is nothing to average over.")
-    return {name: float(mean.value) for name, mean in total.items()}
+    return total
+
+
+def evaluate(step: Callable[[Tree, Batch], Means], params: Tree, batches: Iterable[Batch]) -> dict[str, float]:
+    """The means of the same."""
+    return {name: float(mean.value) for name, mean in totals(step, params, batches).items()}
 
 
 def jit(step: Callable, state: TrainState, batch: Batch):

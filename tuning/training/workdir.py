@@ -12,7 +12,7 @@ from typing import IO, Any
 from tuning.core import config as configs
 
 # Keys that a run may change when it goes on.
-FREE = ("train.steps", "eval", "checkpoint")
+FREE = ("train.steps", "eval", "checkpoint", "log")
 
 
 def is_run(path: Path) -> bool:
