@@ -150,3 +150,21 @@ def test_the_same_command_goes_on_and_may_add_points_and_try_failed_ones_again(c
     assert main([*command, "--seeds=2"]) == 2 and "it has the run seed=2, which is no point of this one" in capsys.readouterr().err
     assert main([*command, "--seeds=3", "--config.train.steps=4"]) == 2 and "train.steps: 4 here, 6 there" in capsys.readouterr().err
     assert json.loads((tmp_path / "s" / "sweep.json").read_text())["points"]["seed=2"] == {"seed": 2}
+
+
+def test_a_dry_run_says_which_runs_are_one_program_and_why_others_are_not(config, tmp_path, alone, capsys):
+    command = ["sweep", config, "--sweep.method.dora=True,False", "--seeds=2", "--dry_run", "--sweep.optimizer.learning_rate=1e-3,1e-2"]
+    assert main([*command, "--vectorize=3"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("2 in one program: ") == 4
+    assert main([*command[:3], "--dry_run", "--vectorize=auto"]) == 0
+    assert "alone, since no other run has its method.dora=" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--vectorize=all"], "neither off, auto nor"), (["--vectorize=4", "--search=grid"], "set --vectorize=off")],
+)
+def test_programs_of_a_wrong_size_are_refused(flags, said, config, capsys):
+    assert main(["sweep", config, "--sweep.method.rank=2,4", "--dry_run", *flags]) == 2
+    assert said in capsys.readouterr().err

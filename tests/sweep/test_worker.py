@@ -8,9 +8,10 @@ import pytest
 
 from tests import runs
 from tuning import api
-from tuning.sweep import states, sweep, worker
+from tuning.sweep import states, sweep, vectorized, worker
 from tuning.sweep.space import seeds
 from tuning.sweep.sweep import Sweep
+from tuning.training import writer
 from tuning.training.guard import Guard, Interrupted
 
 
@@ -97,6 +98,62 @@ def test_who_hears_of_an_evaluation_may_prune_the_run(directory, train):
     assert standing(directory) == ["done", "pruned", "done"]
     assert heard == [(f"seed={i}", step, step + i) for i, steps in ((0, (0, 3, 6)), (1, (0, 3)), (2, (0, 3, 6))) for step in steps]
     assert states.read(directory, "seed=1").final == {"step": 3, "eval/loss": 4}
+
+
+@pytest.fixture
+def pairs(home, tmp_path):
+    plan = sweep.plan(Sweep(runs.config(home), seeds(4), retries=1, vectorize=2))
+    sweep.write(tmp_path, plan, sweep.resolve(plan))
+    return tmp_path
+
+
+def test_runs_that_can_be_one_program_are_taken_together_and_each_ends_in_its_own_way(pairs, train, monkeypatch):
+    asked = []
+
+    def train_many(configs, paths, *, argv, on_eval):
+        asked.append([path.name for path in paths])
+        assert [f"seed={config['seed']}" for config in configs] == asked[-1]
+        assert {states.read(pairs, name).state for name in asked[-1]} == {"running"}
+        if len(asked) == 2:
+            return [OSError("no space left"), FloatingPointError("Step 3: the loss (nan) is not finite.")]
+        on_eval[0](6, {"eval/loss": 0.5})
+        try:
+            on_eval[1](3, {"eval/loss": 2.0})
+        except worker.Pruned as pruned:
+            return [{"step": 6, "eval/loss": 0.5}, pruned]
+
+    def hear(name, step, measures):
+        if measures["eval/loss"] > 1:
+            raise worker.Pruned
+
+    monkeypatch.setattr(vectorized, "train_many", train_many)
+    alone = train(lambda seed, on_eval: None)
+    assert worker.work(pairs, heard=hear) == 0
+    assert asked == [["seed=0", "seed=1"], ["seed=2", "seed=3"]] and [seed for seed, *_ in alone] == [2]  # what failed goes on alone
+    assert [states.read(pairs, f"seed={i}").state for i in range(4)] == ["done", "pruned", "done", "failed"]
+    assert states.read(pairs, "seed=0").final == {"step": 6, "eval/loss": 0.5}
+    assert states.read(pairs, "seed=1").final == {"step": 3, "eval/loss": 2.0}
+
+
+def test_a_signal_leaves_all_runs_of_a_program_waiting(pairs, monkeypatch):
+    def train_many(configs, paths, **_):
+        raise Interrupted(signal.SIGTERM, 3)
+
+    monkeypatch.setattr(vectorized, "train_many", train_many)
+    assert worker.work(pairs) == 128 + signal.SIGTERM
+    assert [states.read(pairs, f"seed={i}").state for i in range(4)] == ["waiting"] * 4
+
+
+def test_a_sweep_in_one_program_has_the_runs_of_one_after_the_other(home, tmp_path):
+    lines = {}
+    for vectorize in (0, 2):
+        plan = sweep.plan(Sweep(runs.config(home, train__steps=4), seeds(2), vectorize=vectorize))
+        sweep.write(at := tmp_path / str(vectorize), plan, sweep.resolve(plan))
+        assert worker.work(at) == 0
+        assert [states.read(at, f"seed={i}").state for i in range(2)] == ["done"] * 2
+        lines[vectorize] = [line for i in range(2) for line in writer.comparable(at / "runs" / f"seed={i}" / "metrics.jsonl")]
+    assert [line.keys() for line in lines[0]] == [line.keys() for line in lines[2]]
+    assert all(line[name] == pytest.approx(other[name], rel=1e-5) for line, other in zip(*lines.values(), strict=True) for name in line)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

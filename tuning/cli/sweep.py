@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,9 @@ runners: local (default), slurm, tpu_vm, gke, skypilot; options: tuning/sweep/ru
   --runner=gke --runner.image=I --runner.claim=C --runner.accelerator=A --runner.topology=4x4   K JobSets
   --runner=skypilot --runner.accelerators=H100:8 --runner.volume=V   K managed jobs
 
+vectorized: runs that differ in rates, seeds, ranks and other numbers alone are trained as one program over one frozen base, each in its own
+  directory as if alone: --vectorize=auto; --dry_run says which ones, and why others are not. It is for adapters, not for full tuning.
+
 {search}
 `--dry_run` checks every run, lists them with what they cost, says what would be started, and stops.
 
@@ -58,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--goal", help="which end of it is better, min or max (default: min)")
     p.add_argument("--retries", type=int, metavar="N", help="how many times a failed run is tried again (default: 1)")
     p.add_argument("--retry_failed", action="store_true", help="try again those that failed for good")
+    p.add_argument("--vectorize", metavar="off|auto|N", help="runs that differ in numbers alone as programs of up to N (default: off)")
     p.add_argument("--runner", default="local", help="who starts the workers (default: local)")
     p.add_argument("--workers", type=int, default=1, metavar="K", help="how many at a time (default: 1)")
     p.add_argument("--dry_run", action="store_true", help="check and list everything, start nothing")
@@ -99,6 +103,8 @@ def main(argv: list[str]) -> int:
         plan = sweep.plan(searches.corners(made), before)
     else:
         plan = sweep.plan(made, before)
+    if args.search and plan.vectorize:
+        raise ValueError(f"--search={args.search} suggests one point after the other: set --vectorize=off.")
     runs = sweep.resolve(plan)
     search = searches.asked(args, chosen, also, made, plan, runs, directory) if args.search else None
     standing = states.survey(directory, runs)
@@ -111,6 +117,8 @@ def main(argv: list[str]) -> int:
         total = sum(costs[name].flops for name in left)
         said = f"{len(runs)} runs, {len(left)} of them to be made, with {total:.3g} FLOPs; compared by {plan.measure} ({plan.goal})."
         job.say(searches.described(search, costs) if search else said)
+        for line in programs(left, plan.vectorize) if plan.vectorize > 1 and left else ():
+            job.say(line)
         runner(job)
         job.say("\nDry run: nothing was compiled, loaded, written or started.")
         return 0
@@ -159,7 +167,29 @@ def asked(args: argparse.Namespace, path: str | None, overrides: Mapping[str, st
     ranges, swept = searches.ranges(swept)
     spaces = [made.space, *ranges, space.grid(values(config, swept)), *([space.seeds(args.seeds)] if args.seeds is not None else [])]
     given = {key: value for key in ("measure", "goal", "retries") if (value := getattr(args, key)) is not None}
+    if args.vectorize is not None:
+        given["vectorize"] = largest(args.vectorize)
     return dataclasses.replace(made, config=config, space=space.product(*spaces), **given)
+
+
+def largest(text: str) -> int:
+    """How many runs may be one program, from --vectorize."""
+    from tuning.sweep import vectorized
+
+    named = {"off": 0, "auto": vectorized.LARGEST}
+    if text not in named and not text.isdecimal():
+        raise ValueError(f"--vectorize={text} is neither off, auto nor a whole number.")
+    return named[text] if text in named else int(text)
+
+
+def programs(runs: Mapping[str, Config], most: int) -> Iterator[str]:
+    """What --vectorize makes of the runs, a line for each program."""
+    from tuning.sweep import vectorized
+
+    names = list(runs)
+    for group in vectorized.groups(list(runs.values()), most):
+        own = ", ".join(names[i] for i in group.runs)
+        yield f"alone, since {group.alone}: {own}" if group.alone else f"{len(group.runs)} in one program: {own}"
 
 
 def values(config: Mapping[str, Any], swept: Mapping[str, str]) -> dict[str, list[Any]]:

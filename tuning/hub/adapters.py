@@ -89,15 +89,15 @@ def write(
         "peft_type": peft_type, "task_type": task_type, "base_model_name_or_path": base_model, "revision": revision,
         "inference_mode": True, **kind.constant, **{key: whole(method[ours]) for key, (ours, _) in kind.keys.items() if ours in method},
     }  # fmt: skip
-    if beside := [name for name in _own(flat, "base") if not (kind.norms and peft_norms.is_norm(name))]:
-        config["modules_to_save"] = _modules_to_save(kind, beside, tensors, task_type, table, outline)
-        config |= {"ensure_weight_tying": True} if copies and "embed/table" in beside and kind.lookups else {}
     if kind.norms:
         config["target_modules"], copied = peft_norms.tell(flat, outline.leaves, table)
         tensors = {PREFIX + copied.get(bare := name.removeprefix(PREFIX), bare): x for name, x in tensors.items()}
-    elif kind.pack:
+    if beside := [name for name in _own(flat, "base") if not (kind.norms and peft_norms.is_norm(name))]:
+        config["modules_to_save"] = _modules_to_save(kind, beside, tensors, task_type, table, outline)
+        config |= {"ensure_weight_tying": True} if copies and "embed/table" in beside and kind.lookups else {}
+    if kind.pack:
         config |= {"num_attention_heads": heads, "num_transformer_submodules": sides, **kind.pack.tell(_own(flat, "adapter"))}
-    else:
+    elif not kind.norms:
         common, said = peft_targets.tell(kind, method, _own(flat, "adapter"), table, outline)
         tensors, config = {**tensors, **common}, {**config, **said}
     if added[1]:

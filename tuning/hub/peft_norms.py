@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from tuning.core import tree
 from tuning.hub import peft_saved
 from tuning.hub.files import Tensors
 from tuning.hub.names import Table
@@ -26,8 +27,11 @@ def copied(tensor: str) -> str:
 
 
 def tell(leaves: Iterable[str], every: Iterable[str], table: Table) -> tuple[list[str], dict[str, str]]:
-    """(target_modules, {a norm's tensor: its copy}) for norms among the leaves that learned. ValueError if there is none."""
-    norms = [leaf for leaf in leaves if is_norm(leaf)]
+    """(target_modules, {a norm's tensor: its copy}) for leaves that learned. ValueError if no norm did, or those of some layers alone."""
+    learned, known = list(leaves), set(every)
+    if cut := [leaf for leaf in learned if leaf not in known]:
+        raise ValueError(f"PEFT has partial tuning of norms in all layers, and here {tree.listing(cut)} learned. Use --format=hf.")
+    norms = [leaf for leaf in learned if is_norm(leaf)]
     if not norms:
         raise ValueError("PEFT has partial tuning of norms, with what else learned beside them; here no norm learned. Use --format=hf.")
     return peft_saved.spell(norms, every, (), table), {name: copied(name) for leaf in norms for name in peft_saved.published(leaf, table)}

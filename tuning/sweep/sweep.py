@@ -1,6 +1,6 @@
 """A sweep: a config, a space of changes to it, and the directory that holds its runs.
 
-DIR/sweep.json         the plan: points by run name, the common config, measure, goal, retries
+DIR/sweep.json         the plan: points by run name, the common config, measure, goal, retries, vectorize
 DIR/configs/NAME.json  a run's whole config, for `tuning train --config=FILE.json`
 DIR/runs/NAME/         a run's directory, as `tuning train` makes it
 DIR/states, DIR/claims, DIR/workers  see states.py; what the workers said
@@ -34,6 +34,7 @@ class Sweep:
     space    how they differ
     measure  by which runs are compared, and goal, which of its ends is the better one: min or max
     retries  how many times a run that failed is tried again, where trying may help
+    vectorize  how many runs that differ in numbers alone may be one program (vectorized.py says which can); 0 for none
     """
 
     config: Mapping[str, Any] | str
@@ -41,12 +42,15 @@ class Sweep:
     measure: str = "eval/loss"
     goal: str = "min"
     retries: int = 1
+    vectorize: int = 0
 
     def __post_init__(self):
         if self.goal not in GOALS:
             raise ValueError(f"goal={self.goal!r} is not one of {', '.join(GOALS)}.")
         if self.retries < 0:
             raise ValueError(f"retries={self.retries} must be 0 or more.")
+        if self.vectorize < 0:
+            raise ValueError(f"vectorize={self.vectorize} must be 0 or more.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Plan:
     measure: str
     goal: str
     retries: int
+    vectorize: int = 0
     more: int = 0
 
 
@@ -74,7 +79,7 @@ def plan(sweep: Sweep, before: Plan | None = None) -> Plan:
     config = to_dict() if to_dict else dict(sweep.config)
     found = points(sweep.space)
     named = dict(zip(names(found, before.points if before else None), found, strict=True))
-    new = Plan(named, config, sweep.measure, sweep.goal, sweep.retries)
+    new = Plan(named, config, sweep.measure, sweep.goal, sweep.retries, sweep.vectorize)
     return _going_on(new, before) if before else new
 
 
