@@ -1,4 +1,4 @@
-"""Model FLOPs per trained token, counted from the shapes of the leaves, and what a device can do at most.
+"""Model FLOPs per trained token, counted from the shapes of the leaves, and what a device can do at most (tuning.core.chips).
 
 The rule (Kaplan et al., 2020, arXiv:2001.08361, section 2.1, with attention counted as causal and frozen leaves taken into account):
 a multiply-add is 2 FLOPs; every matrix that multiplies a token is read once forward, once backward for the gradient of its input if
@@ -9,33 +9,15 @@ rematerialisation computes again count nothing.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tuning.core import tree
+from tuning.core import chips, tree
 from tuning.nn.stack import counted_layers
 
 MATRIX = r"(^|/)kernel$|(?<!^embed/)adapter/(a|b)$"
 INPUTS = r"^encoder/|(^|/)cross/(k|v)/"  # what the tokens of an encoder pass through, and those of its decoder do not
 EMBEDDING, HEAD = r"^embed/(table|added|adapter/(a|b))$", r"^head/(kernel|added)$"
-
-# bf16 FLOP/s of one JAX device by its kind, without sparsity, from the vendors' data sheets. Whole names: an unknown variant (a slice of
-# a GPU, another board) has no peak rather than a wrong one.
-PEAKS: Mapping[str, float] = {
-    r"TPU v4": 275e12,
-    r"TPU v5 lite|TPU v5e": 197e12,
-    r"TPU v5|TPU v5p": 459e12,
-    r"TPU v6 lite|TPU v6e": 918e12,
-    r"TPU ?7x": 2307e12 / 2,  # two devices per chip
-    r"NVIDIA H200": 989e12,
-    r"NVIDIA H100 80GB HBM3": 989e12,
-    r"NVIDIA H100 PCIe": 756e12,
-    r"NVIDIA H100 NVL": 835e12,
-    r"NVIDIA A100-(SXM4|PCIE)-(40|80)GB|NVIDIA A100 80GB PCIe": 312e12,
-    r"NVIDIA L40S": 362e12,
-    r"NVIDIA RTX A6000": 154.85e12,
-}
 
 
 def flops_per_token(
@@ -77,4 +59,5 @@ def _place(name: str, layers: int) -> int:
 
 def peak_flops(device: Any) -> float | None:
     """bf16 FLOP/s of a jax.Device at its best; None if it is not known, and then there is no utilisation to report."""
-    return next((peak for kind, peak in PEAKS.items() if re.fullmatch(kind, device.device_kind)), None)
+    chip = chips.of(device.device_kind)
+    return chip.peak_flops if chip else None
