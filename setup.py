@@ -8,7 +8,7 @@ setup(
     description="Tuning of language models in JAX",
     python_requires=">=3.11",
     packages=find_packages(include=["tuning", "tuning.*"]),
-    package_data={"tuning.sweep": ["*.html"]},
+    package_data={"tuning.plan": ["*.json"], "tuning.sweep": ["*.html"]},
     entry_points={"console_scripts": ["tuning = tuning.__main__:main"]},
     # Lower bounds only: the versions that the tests were first run with.
     install_requires=[
