@@ -37,8 +37,7 @@ def get_config(arg: str = "lora") -> ConfigDict:
     tensor, microbatches = PLANS[plan]
     config = ConfigDict()
     config.model = dict(name="pretrained", path="meta-llama/Llama-3.3-70B-Instruct", dtype="bfloat16", remat="full")
-    if plan.startswith("qlora,"):
-        config.model.quantise = "nf4"
+    config.model["quantise"] = "nf4" if plan.startswith("qlora,") else ""
     config.method = dict(name="lora", rank=16, alpha=32.0)
     config.optimizer = dict(name="adamw", learning_rate=1e-4, schedule=dict(name="cosine", warmup_steps=50))
     config.data = dict(train=dict(length=4096, pack=True))

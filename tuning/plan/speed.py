@@ -26,27 +26,42 @@ APART = 4.0  # models that differ by more than this factor in size tell nothing 
 class Throughput(NamedTuple):
     """What others measured: bfloat16, rows packed full.
 
-    chip        a key of CHIPS
-    method      full or lora (rank 16 on all projections)
-    model       an id in hub/known.py
-    parameters  of the model, in all
-    routed      whether it is a mixture of experts
-    length      tokens in a row
+    chip     a key of CHIPS
+    method   full or lora (rank 16 on all projections)
+    model    a key of MODELS
+    length   tokens in a row
     devices, tokens_per_second   JAX devices, and tokens/s of each
-    mfu         the share of the peak that this is
+    mfu      the share of the peak that this is
     """
 
     chip: str
     method: str
     model: str
-    parameters: int
-    routed: bool
     length: int
     devices: int
     tokens_per_second: float
     mfu: float
     source: str
 
+
+class Model(NamedTuple):
+    """How many parameters a model of hub/known.py has in all, and whether it is a mixture of experts."""
+
+    parameters: int
+    routed: bool = False
+
+
+MODELS = {
+    "Qwen/Qwen2.5-7B": Model(7_615_616_512),
+    "Qwen/Qwen2.5-32B": Model(32_763_876_352),
+    "Qwen/Qwen3-30B-A3B": Model(30_532_122_624, routed=True),
+    "meta-llama/Llama-2-7b-hf": Model(6_738_415_616),
+    "meta-llama/Llama-2-70b-hf": Model(68_976_648_192),
+    "meta-llama/Llama-3.1-8B": Model(8_030_261_248),
+    "meta-llama/Llama-3.1-70B": Model(70_553_706_496),
+    "meta-llama/Llama-3.1-405B": Model(405_853_388_800),
+    "mistralai/Mixtral-8x7B-v0.1": Model(46_702_792_704, routed=True),
+}
 
 AUTOMODEL = "NVIDIA-NeMo/Automodel, docs/performance-summary.mdx"
 TOOLBOX = "NVIDIA/JAX-Toolbox, docs/frameworks/maxtext/README.md"
@@ -56,26 +71,26 @@ RECIPES = "AI-Hypercomputer/tpu-recipes, training/ironwood/README.md"
 PUBLISHED = tuple(
     Throughput(*row)
     for row in (
-        ("h100", "lora", "meta-llama/Llama-3.1-8B", 8_030_261_248, False, 4096, 1, 12_472.87, 0.4224, AUTOMODEL),
-        ("h100", "lora", "Qwen/Qwen2.5-7B", 7_615_616_512, False, 4096, 1, 14_110.05, 0.4421, AUTOMODEL),
-        ("h100", "lora", "meta-llama/Llama-3.1-70B", 70_553_706_496, False, 4096, 8, 1_091.85, 0.3261, AUTOMODEL),
-        ("h100", "lora", "meta-llama/Llama-3.1-70B", 70_553_706_496, False, 4096, 16, 984.85, 0.2941, AUTOMODEL),
-        ("h100", "lora", "Qwen/Qwen2.5-32B", 32_763_876_352, False, 4096, 8, 2_250.31, 0.3113, AUTOMODEL),
-        ("h100", "lora", "Qwen/Qwen2.5-32B", 32_763_876_352, False, 4096, 16, 2_072.89, 0.2867, AUTOMODEL),
-        ("h100", "full", "meta-llama/Llama-2-7b-hf", 6_738_415_616, False, 4096, 8, 11_361, 0.4924, TOOLBOX),
-        ("h100", "full", "meta-llama/Llama-3.1-70B", 70_553_706_496, False, 8192, 64, 866.77, 0.3937, AUTOMODEL),
-        ("h100", "full", "Qwen/Qwen3-30B-A3B", 30_532_122_624, True, 4096, 8, 12_040, 0.2810, AUTOMODEL),
-        ("v5p", "full", "meta-llama/Llama-2-70b-hf", 68_976_648_192, False, 4096, 512, 692, 0.6458, MAXTEXT),
-        ("v5p", "full", "mistralai/Mixtral-8x7B-v0.1", 46_702_792_704, True, 4096, 256, 2_909, 0.5052, MAXTEXT),
-        ("v6e", "full", "meta-llama/Llama-3.1-8B", 8_030_261_248, False, 8192, 256, 7_207, 0.4041, MAXTEXT),
-        ("v6e", "full", "meta-llama/Llama-2-70b-hf", 68_976_648_192, False, 4096, 256, 900, 0.4200, MAXTEXT),
-        ("v6e", "full", "meta-llama/Llama-3.1-70B", 70_553_706_496, False, 8192, 256, 960, 0.4698, MAXTEXT),
-        ("v6e", "full", "meta-llama/Llama-3.1-405B", 405_853_388_800, False, 8192, 256, 123, 0.3382, MAXTEXT),
-        ("v6e", "full", "mistralai/Mixtral-8x7B-v0.1", 46_702_792_704, True, 4096, 256, 3_899, 0.3386, MAXTEXT),
+        ("h100", "lora", "meta-llama/Llama-3.1-8B", 4096, 1, 12_472.87, 0.4224, AUTOMODEL),
+        ("h100", "lora", "Qwen/Qwen2.5-7B", 4096, 1, 14_110.05, 0.4421, AUTOMODEL),
+        ("h100", "lora", "meta-llama/Llama-3.1-70B", 4096, 8, 1_091.85, 0.3261, AUTOMODEL),
+        ("h100", "lora", "meta-llama/Llama-3.1-70B", 4096, 16, 984.85, 0.2941, AUTOMODEL),
+        ("h100", "lora", "Qwen/Qwen2.5-32B", 4096, 8, 2_250.31, 0.3113, AUTOMODEL),
+        ("h100", "lora", "Qwen/Qwen2.5-32B", 4096, 16, 2_072.89, 0.2867, AUTOMODEL),
+        ("h100", "full", "meta-llama/Llama-2-7b-hf", 4096, 8, 11_361, 0.4924, TOOLBOX),
+        ("h100", "full", "meta-llama/Llama-3.1-70B", 8192, 64, 866.77, 0.3937, AUTOMODEL),
+        ("h100", "full", "Qwen/Qwen3-30B-A3B", 4096, 8, 12_040, 0.2810, AUTOMODEL),
+        ("v5p", "full", "meta-llama/Llama-2-70b-hf", 4096, 512, 692, 0.6458, MAXTEXT),
+        ("v5p", "full", "mistralai/Mixtral-8x7B-v0.1", 4096, 256, 2_909, 0.5052, MAXTEXT),
+        ("v6e", "full", "meta-llama/Llama-3.1-8B", 8192, 256, 7_207, 0.4041, MAXTEXT),
+        ("v6e", "full", "meta-llama/Llama-2-70b-hf", 4096, 256, 900, 0.4200, MAXTEXT),
+        ("v6e", "full", "meta-llama/Llama-3.1-70B", 8192, 256, 960, 0.4698, MAXTEXT),
+        ("v6e", "full", "meta-llama/Llama-3.1-405B", 8192, 256, 123, 0.3382, MAXTEXT),
+        ("v6e", "full", "mistralai/Mixtral-8x7B-v0.1", 4096, 256, 3_899, 0.3386, MAXTEXT),
         # Published for chips, which are two devices each.
-        ("tpu7x", "full", "meta-llama/Llama-3.1-70B", 70_553_706_496, False, 8192, 128, 2_686.98 / 2, 0.5232, RECIPES),
-        ("tpu7x", "full", "meta-llama/Llama-3.1-70B", 70_553_706_496, False, 131_072, 512, 963.03 / 2, 0.3892, RECIPES),
-        ("tpu7x", "full", "meta-llama/Llama-3.1-405B", 405_853_388_800, False, 8192, 512, 499.77 / 2, 0.5468, RECIPES),
+        ("tpu7x", "full", "meta-llama/Llama-3.1-70B", 8192, 128, 2_686.98 / 2, 0.5232, RECIPES),
+        ("tpu7x", "full", "meta-llama/Llama-3.1-70B", 131_072, 512, 963.03 / 2, 0.3892, RECIPES),
+        ("tpu7x", "full", "meta-llama/Llama-3.1-405B", 8192, 512, 499.77 / 2, 0.5468, RECIPES),
     )
 )
 
@@ -95,18 +110,15 @@ def efficiency(chip: Chip, parameters: int, method: str, length: int, devices: i
     method      full or lora, whichever the FLOPs are more like; the source says what was measured
     """
     same = [row for row in PUBLISHED if row.chip == chip.name]
-    near = [row for row in same if row.routed == routed and _ratio(row.parameters, parameters) <= math.log(APART)]
+    apart = {name: _ratio(model.parameters, parameters) for name, model in MODELS.items() if model.routed == routed}
+    near = [row for row in same if apart.get(row.model, math.inf) <= math.log(APART)]
     if not near:
         what = f"{'a mixture of experts' if routed else 'a dense model'} of about {parameters / 1e9:.3g}B parameters"
         has = f"there is {', '.join(dict.fromkeys(row.model for row in same))}" if same else "there is none at all"
         return Efficiency(None, f"no throughput of {what} on {chip.name} is on file ({has}); measure a run, and give its directory")
-    row = min(
-        near,
-        key=lambda row: (
-            row.method != method, _ratio(row.parameters, parameters), _ratio(row.length, length), _ratio(row.devices, devices)
-        ),
-    )  # fmt: skip
-    ran = f"{row.method} tuning of {row.model}, {row.length} tokens a row, {row.devices} devices"
+    nearness = lambda row: (row.method != method, apart[row.model], _ratio(row.length, length), _ratio(row.devices, devices))  # noqa: E731
+    row = min(near, key=nearness)
+    ran = f"{row.method} tuning of {row.model} in bfloat16, {row.length} tokens a row, {row.devices} devices"
     return Efficiency(row.mfu, f"{ran}: {row.tokens_per_second:,.0f} tokens/s each ({row.source})")
 
 
@@ -143,13 +155,16 @@ class Prices:
 
 def read_prices(file: Path) -> Prices:
     """A price table as JSON; prices.json beside this file is an empty one. ValueError for what is wrong in it."""
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such price table. Copy {Path(__file__).with_name('prices.json')} and fill it in.")
     raw = files.read_json(file)
     if wrong := sorted((set(raw) ^ {"date", "currency", "per_device_hour"}) - {"explanation"}):
         raise ValueError(
             f"{file}: {wrong[0]} is {'not a key of a price table' if wrong[0] in raw else 'missing'}. It has date, currency, "
             "per_device_hour and, if you like, explanation."
         )
-    table = raw["per_device_hour"]
+    if not isinstance(table := raw["per_device_hour"], dict):
+        raise ValueError(f"{file}: per_device_hour={table!r} must be an object with a price or null for each chip.")
     for name, price in table.items():
         if name not in CHIPS:
             raise ValueError(f"{file}: per_device_hour has {name!r}, not one of {', '.join(CHIPS)}.{parts.suggestion(name, CHIPS)}")
