@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from tuning import build
 from tuning.core import config as configs
@@ -24,7 +23,8 @@ from tuning.core.types import Batch, TrainState, Tree
 from tuning.data import loader
 from tuning.loaded import LoadedModel, load, stop_ids
 from tuning.methods.method import added
-from tuning.training import flops, loop, provenance, state, step, workdir
+from tuning.plan import cost
+from tuning.training import loop, provenance, state, step, workdir
 from tuning.training.checkpoint import Checkpoints
 from tuning.training.progress import Display
 from tuning.training.writer import Writer
@@ -124,7 +124,7 @@ class Opened:
         return loop.Job(
             step, data, parts.settings, parts.evaluation, parts.checkpoint, parts.optimizer.learning_rate, self.checkpoints, writer,
             display, evaluate=evaluate, sample=sampler(parts), on_eval=on_eval,
-            flops_per_token=flops_per_token(parts), peak_flops=peak_flops(parts.model.mesh),
+            flops_per_token=cost.flops_per_token(parts), peak_flops=cost.peak_flops(parts.model.mesh),
         )  # fmt: skip
 
 
@@ -189,35 +189,6 @@ def sampler(parts: build.Parts):
     return sample
 
 
-def flops_per_token(parts: build.Parts, full: bool = False) -> float:
-    """Model FLOPs of one trained token, attention counted over whole rows; `full` gives those of full tuning."""
-    m = parts.model
-    shapes = {name: leaf.shape for name, leaf in tree.flatten(m.layout).items()}
-
-    def passes(name: str) -> float:
-        if tree.matches(flops.INPUTS, name):
-            inputs, tokens = (
-                sum(share * getattr(rows.report, key) / len(rows) for _, rows, share in parts.sources) for key in ("input_tokens", "tokens")
-            )
-            return inputs / tokens
-        routed = name.endswith("kernel") and len(shapes[name]) == 4
-        return m.source.config.per_token / m.source.config.experts if routed else 1.0
-
-    lengths = [length for length in (parts.train.length, parts.train.input_length) if length]
-    attention = m.source.config.attention_flops(*lengths)
-    of_base = functools.partial(flops.flops_per_token, {n: x for n, x in shapes.items() if not added(n)})
-    if full:
-        return of_base(lambda name: True, attention, passes)
-    compared = of_base(lambda name: False, attention, passes) if parts.base else 0.0
-    return flops.flops_per_token(shapes, m.tuned, attention, passes) + compared
-
-
-def peak_flops(where: Mesh) -> float | None:
-    """bf16 peak of all devices of the mesh, FLOP/s; None where it is not known."""
-    one = flops.peak_flops(where.devices.flat[0])
-    return None if one is None else one * where.size
-
-
 def summary(parts: build.Parts) -> str:
     """What a run is about to do, in a few lines."""
     m = parts.model
@@ -225,7 +196,7 @@ def summary(parts: build.Parts) -> str:
     some, every = tree.size(tree.split(tuned, m.moves)[0]), tree.size(m.layout)
     shape = {axis: size for axis, size in m.mesh.shape.items() if size > 1} or "one device"
     config, optimizer = m.source.config, state.optimizer_layout(parts.optimizer.transform, tuned, m.mesh)
-    share = flops_per_token(parts) / flops_per_token(parts, full=True)
+    share = cost.flops_per_token(parts) / cost.flops_per_token(parts, full=True)
     return (
         f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}\n"
         f"bytes that learn: {tree.nbytes(tuned):,} || frozen: {tree.nbytes(frozen):,} || optimizer: {tree.nbytes(optimizer):,} || "

@@ -18,7 +18,7 @@ from tuning.core import mesh as meshes
 from tuning.core import tree
 from tuning.core.config import Config, Section
 from tuning.core.types import Batch, Loss, Tree
-from tuning.data.dataset import Rows, at_first, dataset, unslotted
+from tuning.data.dataset import Rows, at_first, blank, dataset, unslotted
 from tuning.data.formats import FORMATS
 from tuning.data.mixture import Mixture, replay
 from tuning.data.reader import Reader
@@ -304,19 +304,21 @@ class Parts:
         return [("train", self.train, 1 - self.mixture.share), ("replay", self.mixture.other, self.mixture.share)]
 
 
-def parts(config: Mapping[str, Any], like: Parts | None = None) -> Parts:
+def parts(config: Mapping[str, Any], like: Parts | None = None, sketch: meshes.Devices | None = None) -> Parts:
     """The parts of a run. Every mistake in the config is a ValueError here, before any compilation.
 
-    `like` is another run: what it has read and built already is taken over where the two configs say the same.
+    like    another run: what it has read and built already is taken over where the two configs say the same
+    sketch  devices that need not be here (see meshes.over), for a plan: of the model config.json alone is read, and rows count as full
     """
     c = resolve(config)
     same = lambda *keys: like is not None and all(configs.plain(c[key]) == configs.plain(like.config[key]) for key in keys)  # noqa: E731
     bind = functools.partial(configs.bind, SECTIONS, c)
     settings, evaluation, keep, log = bind("train")(), bind("eval")(), bind("checkpoint")(), bind("log")()
     bind("optimizer")(bind("optimizer.schedule")(settings.steps))  # a mistake there is found before any file is read
-    where = bind("mesh")()
+    where = bind("mesh")(sketch)
     loss = bind("objective")()
-    source = like.model.source if like is not None and same("model") else bind("model")()
+    described = [True] if sketch is not None and c["model"]["name"] == "pretrained" else []
+    source = like.model.source if like is not None and same("model") else bind("model")(*described)
     check_objective(source, c["objective"]["name"])
     alike = like is not None and same("model", "mesh", "method")
     built = like.model if like is not None and alike else model(source, bind("method")(outline(source)), where)
@@ -330,10 +332,15 @@ def parts(config: Mapping[str, Any], like: Parts | None = None) -> Parts:
     for name, size in pieces.items():
         if size % rows:
             raise ValueError(f"{name}={size} must be a multiple of {rows}, the pieces that the mesh splits a batch into.")
-    if like is not None and same("model", "mesh", "data") and built.reader == like.model.reader:
+    if sketch is not None:
+        read = _blank(c["data"]["train"], built), None, None, None
+    elif like is not None and same("model", "mesh", "data") and built.reader == like.model.reader:
         read = like.train, like.mixture, like.eval, like.kept
     else:
         read = _read(c, built)
+    for name, data in zip(("data.train", "data.eval", "data.kept"), (read[0], *read[2:]), strict=True):
+        if data is not None and data.length > (room := source.config.max_length - built.method.sites.offset):
+            raise ValueError(f"{name}.length={data.length} is more than the {room} positions that the model was made for.")
     return Parts(c, built, loss, optimizer, *read, compared(built, c["objective"]), settings, evaluation, keep, log)
 
 
@@ -357,10 +364,14 @@ def _read(c: Config, m: Model) -> tuple[Rows, Mixture | None, Rows | None, Rows 
         raise ValueError("data.kept is evaluated along with data.eval, which has no path. Set data.eval.path too.")
     mixture = bind("data.replay")(m.reader, bind("data.replay.format")(), train) if there("replay") else None
     held_out, kept = (bind(f"data.{n}")(m.reader, bind(f"data.{n}.format")()) if there(n) else None for n in ("eval", "kept"))
-    for name, data in (("data.train", train), ("data.eval", held_out), ("data.kept", kept)):
-        if data is not None and data.length > (room := m.source.config.max_length - m.method.sites.offset):
-            raise ValueError(f"{name}.length={data.length} is more than the {room} positions that the model was made for.")
     return train, mixture, held_out, kept
+
+
+def _blank(train: Config, m: Model) -> Rows:
+    """A full row of what the config says of data.train, without any text."""
+    has = m.source.config
+    encoder = (train["input_length"] or train["length"]) if has.reads == "encoder_decoder" else 0
+    return blank(train["length"], encoder, types=getattr(has, "type_count", 0) > 1)
 
 
 def check_objective(source: Source, name: str) -> None:

@@ -59,6 +59,8 @@ class Source:
 
 
 def pretrained(
+    described: bool = False,
+    /,
     *,
     path: str,
     revision: str | None = None,
@@ -75,7 +77,8 @@ def pretrained(
     quantise_scales: bool = True,
     quantise_except: tuple[str, ...] = (),
 ) -> Source:
-    """A published model: a local folder, or a hub id.
+    """A published model: a local folder, or a hub id. Where it is `described`, nothing but its config.json is read, for plans: there is no
+    tokenizer, a head of another class counts as new, and an adapter is not looked at.
 
     adapter       a PEFT directory whose values the method starts from (its rank, alpha and targets must be those of the method)
     head          what to put on top in place of the checkpoint's own: language_model, masked_language_model, sequence_classification,
@@ -93,18 +96,18 @@ def pretrained(
     quantise_block, quantise_scales  values that share a scale, and whether the scales are quantised too ("double quantisation")
     quantise_except  `target=kind`, as in ("mlp/down=int8", "attn/.*=none"): other kinds for the projections named; the first match counts
     """
-    directory = files.resolve(path, revision)
-    published = checkpoint.read_config(directory)
-    words = tokenizer.load(directory)
+    directory = None if described else files.resolve(path, revision)
+    published = checkpoint.read_config(directory) if directory else checkpoint.describe(path, revision)
+    words = tokenizer.load(directory) if directory else None
     fresh: frozenset[str] = frozenset()
     if head or classes:
+        there = checkpoint.opened(directory, published) if directory else {row.tensor for row in families.form(published).table}
         published = families.with_head(published, head, classes)
-        there = checkpoint.opened(directory, published)
         fresh = frozenset(row.leaf for row in families.form(published).table if row.tensor not in there)
     config = families.config_from(published)
     fresh -= {"head/kernel"} if config.tied and config.head.output == "vocabulary" else frozenset()
     if added_tokens:
-        config = config.replace(added=_add(added_tokens, words, directory))
+        config = config.replace(added=_add(added_tokens, words, directory) if directory else (config.vocab_size, len(added_tokens)))
     config = config.replace(dtype=dtype, precision=precision, remat=remat)
     if dropout is not None:
         config = config.with_dropout(dropout)
@@ -113,7 +116,7 @@ def pretrained(
             f"model.quantise_except={quantise_except}: they are exceptions from model.quantise, which is not set. Set it to nf4."
         )
     storage = Storage(quantise, quantise_block, quantise_scales, tuple(quantise_except)) if quantise else None
-    adapted = files.resolve(adapter) if adapter else None
+    adapted = files.resolve(adapter) if adapter and directory else None
     return Source(config, words, directory, published, adapted, path, revision, fresh, storage)
 
 

@@ -109,7 +109,7 @@ def test_a_run_costs_what_its_steps_take(make, monkeypatch):
     assert (four.trainable, four.nbytes) == (3712, 14848)  # as `tuning train --dry_run` says
     assert costs["rank=2,learning_rate=0.01,seed=1"].trainable == 3712 // 2
     parts = parts_of(made["rank=4,learning_rate=0.01,seed=1"])
-    assert four.flops == pytest.approx(api.flops_per_token(parts) * parts.train.report.tokens / len(parts.train) * 8 * 6)
+    assert four.flops == pytest.approx(cost.flops_per_token(parts) * parts.train.report.tokens / len(parts.train) * 8 * 6)
 
 
 def test_a_config_comes_back_as_it_was_written(make, tmp_path):

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tuning.core import tree
 from tuning.core.types import Tree
+
+
+class Absent(NamedTuple):
+    """So many devices that are not here, all like one."""
+
+    count: int
+    like: AbstractDevice
+
+
+Devices = Sequence[Any] | Absent
 
 AXES = ("dcn", "data", "fsdp", "expert", "context", "tensor")
 
@@ -35,8 +45,8 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def mesh(*, dcn: int = 1, data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
-    """All devices as a mesh with the axes AXES; one size may be -1, which takes the devices that are left.
+def mesh(devices: Devices | None = None, /, *, dcn: int = 1, data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
+    """All devices as a mesh with the axes AXES; one size may be -1, which takes the devices that are left. `devices` is as `over` has it.
 
     data: copies of the model. fsdp: parameters and batch split alike (ZeRO-3). expert: routed experts and batch split; a model without
     experts is copied. tensor: heads, feed-forward and vocabulary split.
@@ -45,25 +55,37 @@ def mesh(*, dcn: int = 1, data: int = -1, fsdp: int = 1, expert: int = 1, contex
     for axis in ("dcn", "context"):
         if sizes[axis] != 1:
             raise ValueError(f"mesh.{axis}={sizes[axis]} is not supported yet: nothing is split over that axis. Set it to 1.")
-    return over(jax.devices(), **sizes)
+    return over(jax.devices() if devices is None else devices, **sizes)
 
 
-def over(devices: Sequence[Any], **sizes: int) -> Mesh:
-    """A mesh of the given devices; axes that are not named have size 1. ValueError if the sizes do not fit the devices."""
+def over(devices: Devices, **sizes: int) -> Mesh:
+    """A mesh of the given devices; axes that are not named have size 1. ValueError if the sizes do not fit the devices.
+
+    Of absent devices the mesh is abstract: enough to say where arrays would live.
+    """
+    count = devices.count if isinstance(devices, Absent) else len(devices)
     shape = {axis: sizes.get(axis, 1) for axis in AXES}
     free = [axis for axis, size in shape.items() if size == -1]
     fixed = math.prod(size for size in shape.values() if size != -1)
     wish = {axis: size for axis, size in shape.items() if size != 1} or {"data": 1}
     if len(free) > 1 or any(size < 1 and size != -1 for size in shape.values()):
         raise ValueError(f"Mesh {wish}: sizes are positive, and at most one of them is -1 (all devices that are left).")
-    if len(devices) % fixed or (not free and fixed != len(devices)):
+    if count % fixed or (not free and fixed != count):
         raise ValueError(
-            f"Mesh {wish} needs {'a multiple of ' if free else ''}{fixed} devices; there are {len(devices)}. "
+            f"Mesh {wish} needs {'a multiple of ' if free else ''}{fixed} devices; there are {count}. "
             "Set config.mesh.data=-1 to take all that are left."
         )
     if free:
-        shape[free[0]] = len(devices) // fixed
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices))
+        shape[free[0]] = count // fixed
+    types = (AxisType.Auto,) * len(AXES)
+    if isinstance(devices, Absent):
+        return AbstractMesh(tuple(shape.values()), AXES, axis_types=types, abstract_device=devices.like)  # pyright: ignore[reportReturnType]
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=list(devices))
+
+
+def device(where: Mesh | AbstractMesh) -> Any:
+    """One of the mesh's devices, which are all alike; `platform` and `device_kind` are known of absent ones too."""
+    return where.abstract_device if isinstance(where, AbstractMesh) else where.devices.flat[0]
 
 
 def spec(shape: Sequence[int], axes: Sequence[str | None], where: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:

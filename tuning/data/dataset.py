@@ -201,6 +201,18 @@ def dataset(
     )  # fmt: skip
 
 
+def blank(length: int, input_length: int = 0, types: bool = False) -> Rows:
+    """One row that is full, of no text: what a plan counts with where no data is read. `types`: whether tokens tell two texts apart."""
+
+    def flat(size: int, *names: str) -> Flat:
+        return Flat({name: np.ones(size, bool if name == "weights" else np.int32) for name in names}, np.array([0, size]))
+
+    decoder = flat(length, "tokens", "targets", "weights", *(["types"] if types else []))
+    encoder = flat(input_length, "tokens") if input_length else None
+    report = Report(1, 1, length, length, 0, 0, 0, 0, length, input_length, 0, input_length)
+    return Rows(decoder, encoder, *packing.apart(1), length, input_length, pad=0, classes=(), report=report, digest="")
+
+
 def _check_options(reader: Reader, length: int, input_length: int, overlong: str, unlearned: str) -> None:
     for key, value, known in (("overlong", overlong, OVERLONG), ("unlearned", unlearned, UNLEARNED)):
         if value not in known:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tuning.core import mesh, tree
 from tuning.core.types import Tree
-from tuning.hub import families, files, names, slices, tokenizer
+from tuning.hub import families, files, known, names, slices, tokenizer
 from tuning.hub.family import Config
 from tuning.hub.files import Tensors
 from tuning.hub.names import Place, Table
@@ -28,14 +28,28 @@ WRITABLE = ("float32", "bfloat16", "float16")
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The folder's config.json. ValueError if there is none."""
-    if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} has no config.json: it is not a published checkpoint.")
-    raw = files.read_json(directory / "config.json")
-    if raw.get("model_type") in families.INSIDE:
-        log.warning("%s reads more than text. Its text model alone is loaded, and exported.", directory)
-        raw = families.INSIDE[raw["model_type"]](raw)
+    raw = _of_text(_config(directory), directory)
     found = families.FAMILIES.get(raw.get("model_type", ""))
     return found.untie(raw) if found is not None and found.untie is not None and _has_own_head(directory, raw) else raw
+
+
+def describe(path: str, revision: str | None = None) -> dict[str, Any]:
+    """The config.json of a folder or a hub id without its weights; of those that are known, without asking the hub. ValueError as above."""
+    raw = known.config(path) if revision is None and not Path(path).is_dir() else None
+    return raw or _of_text(_config(files.resolve(path, revision, ["config.json"])), path)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} has no config.json: it is not a published checkpoint.")
+    return files.read_json(directory / "config.json")
+
+
+def _of_text(raw: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+    if raw.get("model_type") not in families.INSIDE:
+        return dict(raw)
+    log.warning("%s reads more than text. Its text model alone is loaded, and exported.", where)
+    return families.INSIDE[raw["model_type"]](raw)
 
 
 def _has_own_head(directory: Path, raw: Mapping[str, Any]) -> bool:

@@ -37,10 +37,10 @@ DTYPES = {
 CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
 
 
-def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
+def resolve(path_or_id: str | os.PathLike, revision: str | None = None, wanted: Sequence[str] = WANTED) -> Path:
     """The local folder of a checkpoint: a folder as it is, or a Hugging Face id such as `owner/name`, downloaded into the hub's cache.
 
-    Only weights in safetensors, configurations, tokenizer files and the model card are fetched. ValueError if it is neither a folder nor a
+    Only what is wanted is fetched: weights in safetensors, configurations, tokenizer files and the model card. ValueError if it is neither a folder nor a
     reachable id.
     """
     text = os.fspath(path_or_id)
@@ -53,7 +53,7 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
         from huggingface_hub import errors, snapshot_download
 
         try:
-            return Path(snapshot_download(text, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+            return Path(snapshot_download(text, revision=revision, allow_patterns=list(wanted), ignore_patterns=UNWANTED))
         except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
             at = f" at revision {revision!r}" if revision else ""
             why = f"the Hugging Face hub did not give {text!r}{at} ({type(error).__name__})"

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tuning import api, build
+from tuning import build
 from tuning.core import config as configs
 from tuning.core import tree
 from tuning.core.config import Config
@@ -203,4 +203,4 @@ def _cost(parts: build.Parts, measure: str) -> Cost:
     trained = parts.settings.steps * parts.settings.batch_size * tokens
     moving = tree.split(learns, parts.model.moves)[0]
     state.optimizer_layout(parts.optimizer.transform, learns, parts.model.mesh)  # an optimizer checks here which leaves it is for
-    return Cost(tree.size(moving), tree.nbytes(learns), api.flops_per_token(parts) * trained)
+    return Cost(tree.size(moving), tree.nbytes(learns), cost.flops_per_token(parts) * trained)

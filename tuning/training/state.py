@@ -65,6 +65,13 @@ def start(params: Tree, tuned: Callable[[str], bool], transform: optax.GradientT
     return TrainState(at(0, where), learns, rests, jax.jit(transform.init, out_shardings=places)(learns))
 
 
+def abstract(layout: Tree, tuned: Callable[[str], bool], transform: optax.GradientTransformation, where: Mesh) -> TrainState:
+    """The state of a run as ShapeDtypeStructs in their shards, from the layout of its parameters."""
+    learns, rests = tree.split(layout, tuned)
+    step = jax.ShapeDtypeStruct((), np.int32, sharding=mesh.replicated(where))
+    return TrainState(step, learns, rests, optimizer_layout(transform, learns, where))
+
+
 def at(step: int, where: Mesh) -> jax.Array:
     """A step counter on the mesh."""
     return jax.make_array_from_callback((), mesh.replicated(where), lambda _: np.int32(step))

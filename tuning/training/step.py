@@ -119,5 +119,10 @@ def evaluate(step: Callable[[Tree, Batch], Means], params: Tree, batches: Iterab
 
 def jit(step: Callable, state: TrainState, batch: Batch):
     """The train step compiled for this state and batch, the state donated and kept where it is."""
+    return lower(step, state, batch).compile()
+
+
+def lower(step: Callable, state: TrainState, batch: Batch):
+    """The same before it is compiled; state and batch may be abstract, on devices that are not here."""
     places = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, None)).lower(state, batch).compile()
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None)).lower(state, batch)

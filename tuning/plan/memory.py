@@ -1,0 +1,156 @@
+"""What a train step takes of a device's memory, by component, without compiling it.
+
+The state is exact: the layout says what each device holds. Temporaries are those of the traced step, of one microbatch on one device: its
+rows, its parts of heads, feed-forward layers and vocabulary, and whole what it gathers of the weights; see liveness.py for the model of
+what then lies in memory, and FITTED for how far compilers are from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+
+from tuning import build
+from tuning.core import config as configs
+from tuning.core import mesh as meshes
+from tuning.core import tree
+from tuning.core.types import Tree
+from tuning.data import loader
+from tuning.nn import stack
+from tuning.plan import liveness
+from tuning.training import state
+
+SPLIT = {"tensor": ("heads", "kv_heads", "hidden", "expert_hidden", "vocab_size"), "expert": ("experts",)}  # fields of a config, by mesh axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    weights      what does not learn
+    masters      what learns
+    gradients    of what learns; twice where an update has several microbatches
+    optimizer    its state
+    activations  what the layers keep for the backward pass, by the rematerialisation policy
+    logits       of the chunk whose loss is computed at a time, and their gradient
+    batch        of an update
+    cache        of generation at evaluations (eval.prompts), which is not there during a step: it does not count in the total
+    temporaries  what else the compiler makes: gathered weights, a layer's inside, the head
+    """
+
+    weights: int
+    masters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    batch: int
+    cache: int
+    temporaries: int
+
+    @property
+    def arguments(self) -> int:
+        """What is there before a step and after it."""
+        return self.weights + self.masters + self.optimizer + self.batch
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.gradients + self.activations + self.logits + self.temporaries
+
+
+def estimate(parts: build.Parts) -> Memory:
+    """The memory of a run's train step on a device of its mesh."""
+    m, settings = parts.model, parts.settings
+    start = state.abstract(m.layout, m.tuned, parts.optimizer.transform, m.mesh)
+    gradients = on_device(start.tuned)
+    peak = temporaries(parts)
+    copies = 2 if settings.accumulate > 1 else 1
+    activations, logits = min(peak.kept, peak.bytes), min(_logits(parts), peak.bytes)
+    rest = max(0, peak.bytes - gradients - activations - logits)
+    return Memory(
+        on_device(start.frozen), gradients, copies * gradients, on_device(start.optimizer), activations, logits,
+        on_device(loader.abstract(parts.train, settings.batch_size, m.mesh)), _cache(parts), rest,
+    )  # fmt: skip
+
+
+def on_device(leaves: Tree) -> int:
+    """Bytes that one device holds of arrays in their shards."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(leaves))
+
+
+def temporaries(parts: build.Parts) -> liveness.Peak:
+    """What computing the gradients of one microbatch takes on one device, besides its arguments."""
+    m = parts.model
+    tuned, _ = tree.split(m.layout, m.tuned)
+    results = [on_device(leaf) for leaf in jax.tree.leaves(tuned)]
+    traced, names = _traced(parts)
+    gathers = m.mesh.shape["fsdp"] > 1
+    held = lambda i: 1.0 if gathers and i < len(names) and stack.layer_range(names[i]) is None else 0.0  # noqa: E731
+    return liveness.peak(traced, held, lambda i, size: results[i] if i < len(results) else size, 1.0 if gathers else 0.0)
+
+
+def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
+    """(jaxpr of the gradients on one device, names of the parameters among its inputs, which come first)."""
+    m, mesh = parts.model, parts.model.mesh
+    alone = meshes.over([meshes.device(mesh)]) if not hasattr(mesh, "abstract_device") else meshes.over(meshes.Absent(1, meshes.device(mesh)))
+    source = dataclasses.replace(m.source, config=sharded(m.source.config, dict(mesh.shape)))
+    method = configs.bind(build.SECTIONS, parts.config, "method")(build.outline(source))
+    own = build.model(source, method, alone)
+    rows = parts.settings.batch_size // parts.settings.accumulate // meshes.row_count(mesh)
+    batch = loader.abstract(parts.train, rows, alone)
+    base = None if parts.base is None else functools.partial(build.base(own))
+
+    def gradients(tuned, frozen, batch):
+        def total(tuned):
+            forward = lambda piece: own.network.apply(tree.merge(tuned, frozen), piece, None)  # noqa: E731
+            before = None if base is None else lambda piece: base(frozen, piece)
+            return parts.loss(forward, batch, before)["loss"].total
+
+        return jax.grad(total)(tuned)
+
+    bare = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for x in (*tree.split(own.layout, own.tuned), batch)]
+    paths = [jax.tree_util.tree_flatten_with_path(leaves)[0] for leaves in bare[:2]]
+    names = ["/".join(str(key.key) for key in path if hasattr(key, "key")) for leaves in paths for path, _ in leaves]
+    return jax.make_jaxpr(gradients)(*bare).jaxpr, names
+
+
+def sharded(config: Any, sizes: dict[str, int]) -> Any:
+    """The config of the part of a network that one device of a mesh has. What does not divide stays whole, as by the rules of the mesh."""
+    if hasattr(config, "decoder"):
+        return dataclasses.replace(config, encoder=sharded(config.encoder, sizes), decoder=sharded(config.decoder, sizes))
+    fields = {field.name for field in dataclasses.fields(config)}
+    changed = {}
+    for axis, names in SPLIT.items():
+        for name in fields.intersection(names):
+            size = getattr(config, name)
+            changed[name] = size // sizes[axis] if size % sizes[axis] == 0 else size
+    if "kv_heads" in changed and changed["heads"] % changed["kv_heads"]:
+        changed["kv_heads"] = changed["heads"]
+    if "per_token" in fields and changed.get("experts"):
+        changed["per_token"] = min(config.per_token, changed["experts"])
+    if "scale" in fields:
+        changed["scale"] = config.scale or config.head_dim**-0.5
+    return dataclasses.replace(config, **changed)
+
+
+def _logits(parts: build.Parts) -> int:
+    """Two float32 arrays of a chunk's logits: themselves and their gradient."""
+    config, rows = parts.model.source.config, parts.settings.batch_size // parts.settings.accumulate
+    if config.head.output != "vocabulary":
+        return 0
+    own = sharded(config, dict(parts.model.mesh.shape))
+    chunk = min(parts.config["objective"].get("chunk", parts.train.length), -(-parts.train.length // 2))
+    return 2 * 4 * rows // meshes.row_count(parts.model.mesh) * chunk * own.vocab_size
+
+
+def _cache(parts: build.Parts) -> int:
+    """Keys and values of all prompts that an evaluation continues."""
+    prompts, config = parts.evaluation.prompts, parts.model.source.config
+    if not prompts or not hasattr(config, "kv_heads"):
+        return 0
+    slots = parts.train.length + parts.evaluation.max_new_tokens
+    return 2 * len(prompts) * config.layers * slots * config.kv_heads * config.head_dim * jax.numpy.dtype(config.dtype).itemsize
