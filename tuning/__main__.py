@@ -3,6 +3,7 @@
 import sys
 
 VERBS = {
+    "plan": "before a run: whether it fits, how fast it goes, what it costs",
     "train": "tune a model by a config, or go on with a run",
     "evaluate": "measure a model on a data split",
     "generate": "continue prompts",

@@ -23,7 +23,7 @@ from tuning.core.types import Batch, TrainState, Tree
 from tuning.data import loader
 from tuning.loaded import LoadedModel, load, stop_ids
 from tuning.methods.method import added
-from tuning.plan import cost
+from tuning.plan import cost, stored
 from tuning.training import loop, provenance, state, step, workdir
 from tuning.training.checkpoint import Checkpoints
 from tuning.training.progress import Display
@@ -33,9 +33,12 @@ OnEval = Callable[[int, dict[str, float]], None]
 
 
 def train(
-    config: Mapping[str, Any], workdir_path: str | Path, *, argv: Sequence[str] = (), on_eval: OnEval | None = None
-) -> dict[str, float]:
+    config: Mapping[str, Any], workdir_path: str | Path, *, argv: Sequence[str] = (), on_eval: OnEval | None = None,
+    compiled: str | Path | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Runs a config (a nested dict or ConfigDict) in a directory, or goes on with the run that is there.
+
+    `compiled` is a train step that a plan has stored; it is a pickle, to be trusted as code is.
 
     `on_eval` hears of each evaluation of this process once it is saved: the step, and every measure as it was last. It may end the run by
     raising; with several processes it is called in all of them, and all must do the same.
@@ -47,11 +50,11 @@ def train(
     enable_compilation_cache()
     parts = build.parts(config)
     with opened(parts, Path(workdir_path)) as run, jax.set_mesh(parts.model.mesh):
-        return train_opened(run, argv, on_eval)
+        return train_opened(run, argv, on_eval, stored.load(Path(compiled), parts) if compiled else None)
 
 
-def train_opened(run: Opened, argv: Sequence[str] = (), on_eval: OnEval | None = None) -> dict[str, float]:
-    """What `train` does in a directory that is open."""
+def train_opened(run: Opened, argv: Sequence[str] = (), on_eval: OnEval | None = None, compiled: Any = None) -> dict[str, float]:
+    """What `train` does in a directory that is open, with its step if that is there already."""
     parts, m, seed = run.parts, run.parts.model, run.parts.config["seed"]
     display = Display(run.path.name, parts.settings.steps, 0, run.first)
     display.say(said := summary(parts))
@@ -63,8 +66,9 @@ def train_opened(run: Opened, argv: Sequence[str] = (), on_eval: OnEval | None =
         display.say(f"Going on from step {int(start.step)}.")
     run.begin(meta, argv)
     loaded = time.monotonic()
-    compiled = step.jit(parts.train_step(seed), start, loader.abstract(parts.train, parts.settings.batch_size, m.mesh))
-    display.say(f"Weights ready in {loaded - began:.1f} s, train step compiled in {time.monotonic() - loaded:.1f} s.")
+    ready = "read from its file" if compiled else "compiled"
+    compiled = compiled or step.jit(parts.train_step(seed), start, loader.abstract(parts.train, parts.settings.batch_size, m.mesh))
+    display.say(f"Weights ready in {loaded - began:.1f} s, train step {ready} in {time.monotonic() - loaded:.1f} s.")
     display = Display(run.path.name, parts.settings.steps, int(start.step), run.first)
     with run.writer(int(start.step), meta, said) as writer:
         _, final = loop.run(run.job(compiled, run.data, evaluator(parts), writer, display, on_eval), start, meta.get("memory"))

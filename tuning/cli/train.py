@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     p = common.parser("train", "Tune a model by a config. The same command goes on with a run that was stopped.", EPILOG)
     p.add_argument("--workdir", metavar="DIR", help="the run's directory; required unless --dry_run")
     p.add_argument("--dry_run", action="store_true", help="check and show everything, stop before compiling")
+    p.add_argument("--compiled", metavar="FILE", help="a train step that `tuning plan --compile --save` stored; trust it as you trust code")
     processes.add_flags(p)
     if "-h" in argv or "--help" in argv:
         p.parse_args(argv)
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
 
     from tuning import api
 
-    final = api.train(config, args.workdir, argv=[*sys.argv[:2], *argv])
+    final = api.train(config, args.workdir, argv=[*sys.argv[:2], *argv], compiled=args.compiled)
     if jax.process_index() == 0:
         print("  ".join(f"{name} {value:.6g}" for name, value in final.items() if not name.startswith(("time/", "memory/"))))
     return 0

@@ -42,19 +42,20 @@ NANOCHAT = "karpathy/nanochat, get_peak_flops and get_peak_bandwidth"
 BOOK = "jax-ml/scaling-book, tpus.md"
 CLOUD = "Google Cloud documentation of TPU7x"
 SHEET = "NVIDIA's data sheet"
+COMPILER = "what the TPU compiler of jax 0.10.2 says is available when a program does not fit"
 DRIVER = "what nvidia-smi prints for the board"
 
-GOOGLE = {"peak_flops": TITAN, "memory_bytes": CLOUD, "bandwidth": CLOUD}
+GOOGLE = {"peak_flops": TITAN, "memory_bytes": COMPILER, "bandwidth": CLOUD}
 NVIDIA = {"peak_flops": TITAN, "memory_bytes": DRIVER, "bandwidth": NANOCHAT, "watts": DRIVER}
 # Of two boards under one name, or two totals by two drivers, the smaller memory stands here, and the larger power.
 TABLE = (
     Chip("v4", r"TPU v4", 275e12, 32 * GIB, 1.2e12, 1, 192.0,
          {"peak_flops": TITAN, "memory_bytes": BOOK, "bandwidth": BOOK, "watts": "Jouppi et al., 2023, arXiv:2304.01433: most measured"}),
-    Chip("v5e", r"TPU v5 lite|TPU v5e", 197e12, 16 * GIB, 0.81e12, 1, None,
-         {"peak_flops": TITAN, "memory_bytes": BOOK, "bandwidth": BOOK}),
-    Chip("v5p", r"TPU v5|TPU v5p", 459e12, 95 * GIB, 2.765e12, 1, None, GOOGLE),
-    Chip("v6e", r"TPU v6 lite|TPU v6e", 918e12, 32 * GIB, 1.638e12, 1, None, GOOGLE),
-    Chip("tpu7x", r"TPU ?7x", 2307e12 / 2, 96 * GIB, 7.38e12 / 2, 2, None, GOOGLE),
+    Chip("v5e", r"TPU v5 lite|TPU v5e", 197e12, int(15.75 * GIB), 0.81e12, 1, None,
+         {"peak_flops": TITAN, "memory_bytes": COMPILER, "bandwidth": BOOK}),
+    Chip("v5p", r"TPU v5|TPU v5p", 459e12, int(95.74 * GIB), 2.765e12, 1, None, GOOGLE),
+    Chip("v6e", r"TPU v6 lite|TPU v6e", 918e12, int(31.25 * GIB), 1.638e12, 1, None, GOOGLE),
+    Chip("tpu7x", r"TPU ?7x", 2307e12 / 2, int(94.75 * GIB), 7.38e12 / 2, 2, None, GOOGLE),
     Chip("h100", r"NVIDIA H100 80GB HBM3", 989e12, 81_559 * MIB, 3.35e12, 1, 700.0, NVIDIA),
     Chip("h100-pcie", r"NVIDIA H100 PCIe", 756e12, 81_559 * MIB, 2.0e12, 1, 350.0, NVIDIA | {"watts": SHEET}),
     Chip("h100-nvl", r"NVIDIA H100 NVL", 835e12, 95_830 * MIB, 3.9e12, 1, 400.0, NVIDIA),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from jax.sharding import Mesh
 
@@ -14,10 +15,23 @@ from tuning.training import flops
 
 def flops_per_token(parts: build.Parts, full: bool = False) -> float:
     """Model FLOPs of one trained token, attention counted over whole rows; `full` gives those of full tuning."""
+    m, through = parts.model, passes(parts)
+    shapes = {name: leaf.shape for name, leaf in tree.flatten(m.layout).items()}
+    lengths = [length for length in (parts.train.length, parts.train.input_length) if length]
+    attention = m.source.config.attention_flops(*lengths)
+    of_base = functools.partial(flops.flops_per_token, {n: x for n, x in shapes.items() if not added(n)})
+    if full:
+        return of_base(lambda name: True, attention, through)
+    compared = of_base(lambda name: False, attention, through) if parts.base else 0.0
+    return flops.flops_per_token(shapes, m.tuned, attention, through) + compared
+
+
+def passes(parts: build.Parts) -> Callable[[str], float]:
+    """How many times a token passes through the leaf of a name; see flops.flops_per_token."""
     m = parts.model
     shapes = {name: leaf.shape for name, leaf in tree.flatten(m.layout).items()}
 
-    def passes(name: str) -> float:
+    def through(name: str) -> float:
         if tree.matches(flops.INPUTS, name):
             inputs, tokens = (
                 sum(share * getattr(rows.report, key) / len(rows) for _, rows, share in parts.sources) for key in ("input_tokens", "tokens")
@@ -26,13 +40,7 @@ def flops_per_token(parts: build.Parts, full: bool = False) -> float:
         routed = name.endswith("kernel") and len(shapes[name]) == 4
         return m.source.config.per_token / m.source.config.experts if routed else 1.0
 
-    lengths = [length for length in (parts.train.length, parts.train.input_length) if length]
-    attention = m.source.config.attention_flops(*lengths)
-    of_base = functools.partial(flops.flops_per_token, {n: x for n, x in shapes.items() if not added(n)})
-    if full:
-        return of_base(lambda name: True, attention, passes)
-    compared = of_base(lambda name: False, attention, passes) if parts.base else 0.0
-    return flops.flops_per_token(shapes, m.tuned, attention, passes) + compared
+    return through
 
 
 def peak_flops(where: Mesh) -> float | None:

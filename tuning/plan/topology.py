@@ -82,6 +82,13 @@ def parse(text: str) -> Topology:
     return Topology(text, chip, slices * math.prod(sizes) * chip.devices_per_chip, slices)
 
 
+def described(topology: Topology) -> str:
+    """One line: how many devices of what, and how much memory each has."""
+    room = topology.memory_bytes
+    memory = f"{room / 2**30:,.1f} GiB each" if room else "of unknown memory"
+    return f"{topology.name}: {topology.devices} device{'s' if topology.devices > 1 else ''}, {memory}"
+
+
 def local() -> Topology:
     """The devices that are here."""
     devices = jax.devices()
