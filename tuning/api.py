@@ -226,12 +226,14 @@ def summary(parts: build.Parts) -> str:
     shape = {axis: size for axis, size in m.mesh.shape.items() if size > 1} or "one device"
     config, optimizer = m.source.config, state.optimizer_layout(parts.optimizer.transform, tuned, m.mesh)
     share = flops_per_token(parts) / flops_per_token(parts, full=True)
+    form, why = build.attention(m.source, m.method, m.mesh, parts.train.length)
     return (
         f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}\n"
         f"bytes that learn: {tree.nbytes(tuned):,} || frozen: {tree.nbytes(frozen):,} || optimizer: {tree.nbytes(optimizer):,} || "
         f"FLOPs%: {100 * share:.1f} of full tuning\n"
         f"mesh: {shape} ({m.mesh.devices.flat[0].device_kind}); computes in {config.dtype}"
-        f"{f', matmul precision {config.precision}' if config.dtype == 'float32' else ''}; remat {config.remat}\n"
+        f"{f', matmul precision {config.precision}' if config.dtype == 'float32' else ''}; remat {config.remat}"
+        f"{f'; attention {form}' if form else ''}{f' ({why})' if why else ''}\n"
         + "\n".join(
             [f"{name} data{'' if share == 1 else f', {share:.1%} of the rows'}: {rows.report}" for name, rows, share in parts.sources]
             + [f"{name} data: {rows.report}" for name, rows in parts.held_out.items()]

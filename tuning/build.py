@@ -30,7 +30,7 @@ from tuning.models.network import Network
 from tuning.nn import stack
 from tuning.nn import storage as storages
 from tuning.nn.quantised import Quantised, dequantise
-from tuning.nn.sites import NOTHING, Outline
+from tuning.nn.sites import NOTHING, Outline, Sites
 from tuning.objectives import OBJECTIVES
 from tuning.source import SOURCES, Source
 from tuning.training import loop, state, step
@@ -132,7 +132,7 @@ def is_new(source: Source, name: str) -> bool:
 
 def model(source: Source, method: Method, where: Mesh, masters: str = "float32") -> Model:
     """`masters` is the dtype of the leaves that learn; all others have that of the computation."""
-    network = networks.build(source.config.construct(method.sites, method.cuts))
+    network = _network(source, method, where, method.sites)
     tuned = functools.partial(learns, source, method)
     shapes = {name: leaf.shape for name, leaf in tree.flatten(network.abstract).items()}
     dtype_of = lambda name: masters if tuned(name) else source.config.dtype  # noqa: E731
@@ -143,13 +143,24 @@ def model(source: Source, method: Method, where: Mesh, masters: str = "float32")
     return Model(source, method, network, where, layout)
 
 
+def attention(source: Source, method: Method, where: Mesh, length: int | None = None) -> tuple[str, str]:
+    """(the form of attention on a mesh, in sequences of a length, why it is not the one that was asked for)."""
+    return source.config.attention_on(where.devices.flat[0].platform, source.attention, method.sites.offset, length)
+
+
+def _network(source: Source, method: Method, where: Mesh, sites: Sites) -> Network:
+    form, _ = attention(source, method, where)
+    config = source.config.replace(attention=form) if form else source.config
+    return networks.build(config.construct(sites, method.cuts))
+
+
 def base(m: Model) -> Apply:
     """(parameters, batch) -> hidden, head and measures of the model without its method, without dropout.
 
     It reads the examples without the positions that the method keeps free, and the leaves that the method did not add; at each place of the
     batch stands what is said there.
     """
-    network, slots = networks.build(m.source.config.construct(NOTHING, m.method.cuts)), m.method.slots
+    network, slots = _network(m.source, m.method, m.mesh, NOTHING), m.method.slots
     moved = slots if slots and at_first(m.reader) else 0
 
     def apply(params: Tree, batch: Batch, key: jax.Array | None = None):
@@ -334,6 +345,8 @@ def parts(config: Mapping[str, Any], like: Parts | None = None) -> Parts:
         read = like.train, like.mixture, like.eval, like.kept
     else:
         read = _read(c, built)
+    if source.attention != "auto" and (why := attention(source, built.method, where, read[0].length)[1]):
+        raise ValueError(f"model.attention={source.attention!r} cannot be had. {why}. Set it to auto, which takes another form there.")
     return Parts(c, built, loss, optimizer, *read, compared(built, c["objective"]), settings, evaluation, keep, log)
 
 

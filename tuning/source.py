@@ -29,6 +29,7 @@ class Source:
     path       what the user wrote, for records
     fresh      the leaves of a head that the checkpoint does not have: they learn under every method
     storage    what the kernels in its layers are kept as where they do not learn; None for arrays
+    attention  the form of attention that was asked for; see nn/kernels.py
     """
 
     config: Architecture
@@ -40,6 +41,7 @@ class Source:
     revision: str | None = None
     fresh: frozenset[str] = frozenset()
     storage: Storage | None = None
+    attention: str = "auto"
 
     @property
     def table(self) -> Table:
@@ -70,6 +72,7 @@ def pretrained(
     dtype: str = "float32",
     precision: str = "highest",
     remat: str = "none",
+    attention: str = "auto",
     quantise: str = "",
     quantise_block: int = 64,
     quantise_scales: bool = True,
@@ -88,6 +91,8 @@ def pretrained(
     dtype         of the computation and of frozen weights; tuned leaves and optimiser state are float32
     precision     of float32 matmuls on GPU and TPU: "highest" is exact, "default" is faster
     remat         what the backward pass keeps: "none" (everything), "dots" (matmul results), "full" (each layer's input)
+    attention     how: "splash" (TPU), "cudnn" (GPU, bfloat16) or "blockwise" (anywhere, for everything); "auto" takes the device's kernel
+                  where it can be had. "splash_interpreted" is splash on any device, slowly
     quantise      what the kernels in layers are kept as that do not learn: "nf4" (QLoRA: Dettmers et al., 2023, arXiv:2305.14314), "int4",
                   "int8", or "" for arrays of `dtype`
     quantise_block, quantise_scales  values that share a scale, and whether the scales are quantised too ("double quantisation")
@@ -114,7 +119,7 @@ def pretrained(
         )
     storage = Storage(quantise, quantise_block, quantise_scales, tuple(quantise_except)) if quantise else None
     adapted = files.resolve(adapter) if adapter else None
-    return Source(config, words, directory, published, adapted, path, revision, fresh, storage)
+    return Source(config, words, directory, published, adapted, path, revision, fresh, storage, attention)
 
 
 def _add(tokens: tuple[str, ...], words: Any, directory: Path) -> tuple[int, int]:
@@ -146,16 +151,17 @@ def decoder(
     dtype: str = "float32",
     precision: str = "highest",
     remat: str = "none",
+    attention: str = "auto",
 ) -> Source:
     """A fresh Llama-shaped model over the vocabulary of a tokenizer (a folder or hub id): a language model or, with `classes`, a classifier
-    of texts. See TransformerConfig for the other keys."""
+    of texts. See TransformerConfig for the other keys, and `pretrained` for attention."""
     words = load_tokenizer(tokenizer)
     config = TransformerConfig(
         vocab_size=len(words), width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden,
         max_length=max_length, rope_theta=rope_theta, kinds=(Kind(window=window),) * layers, tied=tied, qk_norm="head" if qk_norm else "",
         head=_head(classes, "last", bias=False), dtype=dtype, precision=precision, remat=remat,
     )  # fmt: skip
-    return Source(config, words, path=tokenizer)
+    return Source(config, words, path=tokenizer, attention=attention)
 
 
 def encoder_decoder(
