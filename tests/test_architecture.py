@@ -17,12 +17,13 @@ FLOORS = {
     "hub": 3, "training": 3, "decode": 3,
     "source": 4, "evals": 4, "rl": 4,
     "build": 5,
-    "export": 6, "plan": 6, "adapted": 6,
-    "loaded": 7,
-    "api": 8,  # the door from Python
-    "sweep": 9,
-    "cli": 10,
-    "__main__": 11,  # the door from the shell
+    "weights": 6, "plan": 6,
+    "export": 7, "adapted": 7,
+    "loaded": 8,
+    "api": 9,  # the door from Python
+    "sweep": 10,
+    "cli": 11,
+    "__main__": 12,  # the door from the shell
 }  # fmt: skip
 
 # Where under tuning/ a library may be imported; nowhere if the list is empty.

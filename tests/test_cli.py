@@ -66,6 +66,9 @@ MISTAKES = {
     "too long": (["--config.data.train.length=4096"], "data.train.length=4096 is more than the 128 positions"),
     "dtype": (["--config.model.dtype=float8"], "float8"),
     "remat": (["--config.model.remat=some"], "model.remat='some' is not one of none, dots, full"),
+    "attention": (["--config.model.attention=flash"], "model.attention='flash' is not one of auto, blockwise, splash"),
+    "no such kernel": (["--config.model.attention=splash"], "model.attention='splash' cannot be had. splash: not for cpu devices"),
+    "kernel's length": (["--config.model.attention=splash_interpreted"], "length=32 is no multiple of 128. Set it to auto"),
 }
 
 

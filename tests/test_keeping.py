@@ -13,7 +13,7 @@ import pytest
 import tuning
 from tests import checkpoints, hlo, runs, tiny, words
 from tests.test_train import Crash, crash_at
-from tuning import api, build
+from tuning import api, build, weights
 from tuning.__main__ import main
 from tuning.core import mesh as meshes
 from tuning.core import tree
@@ -75,7 +75,7 @@ def batch_of(source, slots):
 def made(source, name, where):
     """(model, parameters to start from, the same with an adapter that has moved)."""
     m = build.model(source, METHODS[name](build.outline(source), **SETTINGS[name]), where)
-    start = build.start_params(m, 0)
+    start = weights.start_params(m, 0)
     keys = jax.random.split(jax.random.key(1), len(tree.flatten(start)))
     move = dict(zip(tree.flatten(start), keys, strict=True))
     shift = lambda n, x: x + jax.device_put(0.1 * jax.random.normal(move[n], x.shape), x.sharding) if added(n) else x  # noqa: E731
@@ -95,7 +95,7 @@ def alone(source):
     """(apply, parameters) of the published model."""
     where = meshes.over(jax.devices()[:1])
     plain = build.model(source, METHODS["full"](build.outline(source)), where)
-    return network.build(source.config.construct(NOTHING)).apply, build.base_params(plain, lambda _: True, 0)
+    return network.build(source.config.construct(NOTHING)).apply, weights.base_params(plain, lambda _: True, 0)
 
 
 @pytest.mark.parametrize(("family", "name"), [("gpt2", "prompt"), ("t5", "prompt"), ("bert_classes", "prompt"), ("gpt2", "prefix")])

@@ -14,7 +14,7 @@ import tuning
 from tests import checkpoints, runs
 from tests.methods.test_contract import batch_of, logits
 from tests.methods.test_methods import SETTINGS
-from tuning import build
+from tuning import build, weights
 from tuning.core import mesh as meshes
 from tuning.core import tree
 from tuning.hub import files, slices
@@ -46,7 +46,7 @@ def made(folder, where=ONE, method="lora", quantise="nf4", block=16, settings=No
     """A model on a quantised base, with its parameters moved so that what was added does something."""
     source = pretrained(path=str(folder), quantise=quantise, quantise_block=block, **source)
     m = build.model(source, METHODS[method](build.outline(source), **(SETTINGS[method] if settings is None else settings)), where)
-    params = build.start_params(m, 0)
+    params = weights.start_params(m, 0)
     push = lambda name, x: x + 0.05 * jax.random.normal(jax.random.key(len(name)), x.shape) if m.tuned(name) else x  # noqa: E731
     return m, tree.map_named(push, params)
 
@@ -107,7 +107,7 @@ def test_lora_that_starts_from_the_kernels_starts_from_their_values(settings, fo
     with jax.set_mesh(ONE):
         source = pretrained(path=str(folder_of("llama2")), quantise="nf4", quantise_block=16)
         m = build.model(source, METHODS["lora"](build.outline(source), rank=4, **settings), ONE)
-        base = build.base_params(m, lambda name: True, 0)
+        base = weights.base_params(m, lambda name: True, 0)
         begun, plain = m.method.start(base), m.method.start(values(base))
         for name, leaf in tree.flatten(begun).items():
             if "/adapter/" in name:
@@ -120,9 +120,9 @@ def test_loftq_starts_with_the_best_low_rank_part_of_what_quantising_took(where,
     with jax.set_mesh(where):
         source = pretrained(path=str(folder_of("llama2")), quantise="nf4", quantise_block=16, quantise_except=("o=none",))
         m = build.model(source, METHODS["lora"](build.outline(source), rank=4, alpha=8.0, init="loftq"), where)
-        leaves = tree.flatten(build.start_params(m, 0))
+        leaves = tree.flatten(weights.start_params(m, 0))
         plain = build.model(pretrained(path=source.path), METHODS["full"](build.outline(source)), where)
-        published = tree.flatten(build.base_params(plain, lambda name: True, 0))
+        published = tree.flatten(weights.base_params(plain, lambda name: True, 0))
     for name in tree.flatten(m.layout):
         if name.endswith("/kernel") and "blocks" in name:
             a, b = (np.asarray(leaves[name.replace("kernel", f"adapter/{leaf}")], np.float64) for leaf in "ab")

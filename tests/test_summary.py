@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from tests import runs
 from tuning import api, build
+from tuning.nn import kernels
 
 LENGTH, LAYERS = 32, 2
 
@@ -65,3 +66,12 @@ def test_an_adapter_is_no_part_of_full_tuning(home, published):
     full = 3 * (2 * matrices + attention)
     flops = 2 * (2 * matrices + attention) + attention + 3 * 2 * added  # no gradient of the frozen matrices
     assert said(home, name="lora", rank=rank, targets=("q",)) == expected(added, every + added, flops, full)
+
+
+def test_the_form_of_attention_is_said_with_the_reason_where_the_device_has_another(home, monkeypatch):
+    config = runs.config(home, data__train__length=LENGTH)
+    assert "remat none; attention blockwise\n" in api.summary(build.parts(config))
+    monkeypatch.setitem(kernels.NATIVE, "cpu", "splash_interpreted")
+    assert "attention blockwise (splash_interpreted: length=32 is no multiple of 128)\n" in api.summary(build.parts(config))
+    config["data"]["train"]["length"] = 128
+    assert "attention splash_interpreted\n" in api.summary(build.parts(config))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tuning import build
+from tuning import build, weights
 from tuning.core import mesh, tree
 from tuning.core.types import Tree
 from tuning.hub import adapters, files
@@ -57,7 +57,7 @@ def read(source: Source, directory: Path, where: Mesh, like: Iterable[Adapted] =
     if missing := over.fresh.intersection(outline.leaves).difference(saved):
         raise ValueError(f"Neither {source.path} nor the adapter in {directory} has the head's {', '.join(sorted(missing))}.")
     m = _model(dataclasses.replace(over, config=over.config.replace(added=rows)), method, where, like)
-    own = tree.flatten(build.with_adapter(m, {}, directory))
+    own = tree.flatten(weights.with_adapter(m, {}, directory))
     if saved:  # the head is no longer the checkpoint's
         m = dataclasses.replace(m, source=dataclasses.replace(m.source, fresh=frozenset(saved)))
     return Adapted(m, method, own, over.fresh)
@@ -92,7 +92,7 @@ def params(one: Adapted, base: Leaves) -> Tree:
 def _fill(one: Adapted, base: Leaves, names: Iterable[str]) -> None:
     missing = set(names) - base.keys()
     m = dataclasses.replace(one.model, source=dataclasses.replace(one.model.source, fresh=one.fresh))
-    base |= tree.flatten(build.base_params(m, missing.__contains__, 0))
+    base |= tree.flatten(weights.base_params(m, missing.__contains__, 0))
 
 
 def combined(

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from tuning import build
+from tuning import build, weights
 from tuning.core import config as configs
 from tuning.core import tree
 from tuning.core.types import Batch, TrainState, Tree
@@ -60,7 +60,7 @@ def train_opened(run: Opened, argv: Sequence[str] = (), on_eval: OnEval | None =
     display.say(said := summary(parts))
     began, meta = time.monotonic(), {}
     if run.checkpoints.last() is None:
-        start = state.start(build.start_params(m, seed), m.tuned, parts.optimizer.transform, m.mesh)
+        start = state.start(weights.start_params(m, seed), m.tuned, parts.optimizer.transform, m.mesh)
     else:
         start, meta = restore(parts, run.checkpoints)
         display.say(f"Going on from step {int(start.step)}.")
@@ -136,7 +136,7 @@ def restore(parts: build.Parts, checkpoints: Checkpoints, which: str | int = "la
     """A saved train state on this run's mesh; frozen leaves come from the base model."""
     m = parts.model
     at, tuned, optimizer, meta = checkpoints.restore(which, *own_layout(parts))
-    frozen = build.base_params(m, lambda name: not m.tuned(name), parts.config["seed"])
+    frozen = weights.base_params(m, lambda name: not m.tuned(name), parts.config["seed"])
     return TrainState(state.at(at, m.mesh), tuned, frozen, optimizer), meta
 
 
@@ -201,12 +201,14 @@ def summary(parts: build.Parts) -> str:
     shape = {axis: size for axis, size in m.mesh.shape.items() if size > 1} or "one device"
     config, optimizer = m.source.config, state.optimizer_layout(parts.optimizer.transform, tuned, m.mesh)
     share = cost.flops_per_token(parts) / cost.flops_per_token(parts, full=True)
+    form, why = build.attention(m.source, m.method, m.mesh, parts.train.length)
     return (
         f"trainable params: {some:,} || all params: {every:,} || trainable%: {100 * some / every:.4f}\n"
         f"bytes that learn: {tree.nbytes(tuned):,} || frozen: {tree.nbytes(frozen):,} || optimizer: {tree.nbytes(optimizer):,} || "
         f"FLOPs%: {100 * share:.1f} of full tuning\n"
         f"mesh: {shape} ({m.mesh.devices.flat[0].device_kind}); computes in {config.dtype}"
-        f"{f', matmul precision {config.precision}' if config.dtype == 'float32' else ''}; remat {config.remat}\n"
+        f"{f', matmul precision {config.precision}' if config.dtype == 'float32' else ''}; remat {config.remat}"
+        f"{f'; attention {form}' if form else ''}{f' ({why})' if why else ''}\n"
         + "\n".join(
             [f"{name} data{'' if share == 1 else f', {share:.1%} of the rows'}: {rows.report}" for name, rows, share in parts.sources]
             + [f"{name} data: {rows.report}" for name, rows in parts.held_out.items()]
@@ -245,12 +247,12 @@ def _base_params(model: LoadedModel, config: Mapping[str, Any]) -> Tree:
     if model.run is None and model.method["name"] == "full":
         raise ValueError(f"{m.source.path} is no run and has no adapter: it is a base itself. Leave out `base`.")
     changed = build.base_leaves(m)
-    if model.run is None and (new := build.absent(m.source).intersection(changed)):
+    if model.run is None and (new := weights.absent(m.source).intersection(changed)):
         raise ValueError(f"{', '.join(sorted(new))} came with the adapter: the base has no such head to measure. Leave out `base`.")
     if not changed:
         return model.params
     with jax.set_mesh(m.mesh):
-        return build.base_params(m, lambda name: not added(name), build.resolve(config)["seed"])
+        return weights.base_params(m, lambda name: not added(name), build.resolve(config)["seed"])
 
 
 def _evaluate(

@@ -22,15 +22,12 @@ from tuning.data.dataset import Rows, at_first, blank, dataset, unslotted
 from tuning.data.formats import FORMATS
 from tuning.data.mixture import Mixture, replay
 from tuning.data.reader import Reader
-from tuning.hub import adapters, checkpoint, peft_saved
+from tuning.hub import adapters
 from tuning.methods import METHODS
 from tuning.methods.method import Method, Pace, added
 from tuning.models import network as networks
 from tuning.models.network import Network
-from tuning.nn import stack
-from tuning.nn import storage as storages
-from tuning.nn.quantised import Quantised, dequantise
-from tuning.nn.sites import NOTHING, Outline
+from tuning.nn.sites import NOTHING, Outline, Sites
 from tuning.objectives import OBJECTIVES
 from tuning.source import SOURCES, Source
 from tuning.training import loop, state, step
@@ -38,7 +35,6 @@ from tuning.training.optimizer import OPTIMIZERS, SCHEDULES, Optimizer, paced
 from tuning.training.step import Apply
 from tuning.training.writer import Log
 
-Begun = dict[str, list[jax.Array]]
 ADDED = ("embed/added", "head/added")  # rows of added tokens: they learn under every method
 READ = ("path", "subset", "split", "columns", "sample_by")  # what of a data set is its own, if it is another text
 
@@ -132,7 +128,7 @@ def is_new(source: Source, name: str) -> bool:
 
 def model(source: Source, method: Method, where: Mesh, masters: str = "float32") -> Model:
     """`masters` is the dtype of the leaves that learn; all others have that of the computation."""
-    network = networks.build(source.config.construct(method.sites, method.cuts))
+    network = _network(source, method, where, method.sites)
     tuned = functools.partial(learns, source, method)
     shapes = {name: leaf.shape for name, leaf in tree.flatten(network.abstract).items()}
     dtype_of = lambda name: masters if tuned(name) else source.config.dtype  # noqa: E731
@@ -143,13 +139,24 @@ def model(source: Source, method: Method, where: Mesh, masters: str = "float32")
     return Model(source, method, network, where, layout)
 
 
+def attention(source: Source, method: Method, where: Mesh, length: int | None = None) -> tuple[str, str]:
+    """(the form of attention on a mesh, in sequences of a length, why it is not the one that was asked for)."""
+    return source.config.attention_on(meshes.device(where).platform, source.attention, method.sites.offset, length)
+
+
+def _network(source: Source, method: Method, where: Mesh, sites: Sites) -> Network:
+    form, _ = attention(source, method, where)
+    config = source.config.replace(attention=form) if form else source.config
+    return networks.build(config.construct(sites, method.cuts))
+
+
 def base(m: Model) -> Apply:
     """(parameters, batch) -> hidden, head and measures of the model without its method, without dropout.
 
     It reads the examples without the positions that the method keeps free, and the leaves that the method did not add; at each place of the
     batch stands what is said there.
     """
-    network, slots = networks.build(m.source.config.construct(NOTHING, m.method.cuts)), m.method.slots
+    network, slots = _network(m.source, m.method, m.mesh, NOTHING), m.method.slots
     moved = slots if slots and at_first(m.reader) else 0
 
     def apply(params: Tree, batch: Batch, key: jax.Array | None = None):
@@ -175,88 +182,6 @@ def compared(m: Model, objective: Config) -> Apply | None:
             "take a method that changes no weight of the base (lora, prefix, ...), no new head and no added tokens."
         )
     return base(m)
-
-
-def base_params(m: Model, wanted: Callable[[str], bool], seed: int, begun: Begun | None = None) -> Tree:
-    """The wanted leaves as they are before any tuning: read from the checkpoint or, where there is none, initialised.
-
-    `begun`, if given, is filled with what leaves start from that start from what quantising takes away, by name, some layers at a time.
-    """
-    leaves = tree.flatten(m.layout)
-    new = {*ADDED, *absent(m.source)}
-    published = {n: x for n, x in leaves.items() if m.source.directory and not (added(n) or n in new)}
-    made = {n: x for n, x in leaves.items() if wanted(n) and n not in published and (m.source.directory is None or n not in ADDED)}
-    params = state.fresh(m.network.init, tree.unflatten(made), seed)
-    if m.source.directory is not None and any(map(wanted, published)):
-        places, dtypes = ({n: getattr(x, what) for n, x in published.items()} for what in ("sharding", "dtype"))
-        raw: Any = m.source.published
-        inside = tree.unflatten(published), tree.unflatten(places), dtypes.__getitem__, raw
-        store = lambda name: _store(m, name, published[name], begun)  # noqa: E731
-        params = tree.merge(params, checkpoint.load(m.source.directory, *inside, wanted, store))
-    rows = {n: _mean_rows(m, params, n) for n in ADDED if n in leaves and wanted(n) and n not in made}
-    return tree.merge(params, tree.unflatten(rows))
-
-
-def absent(source: Source) -> set[str]:
-    """The leaves of a head that the checkpoint does not have; others may count as new because an adapter brought them along."""
-    if source.directory is None or not source.fresh:
-        return set()
-    raw: Any = source.published
-    there = checkpoint.opened(source.directory, raw)
-    return {leaf for leaf in source.fresh if not any(tensor in there for tensor in peft_saved.published(leaf, source.table))}
-
-
-def _store(m: Model, name: str, like: Any, begun: Begun | None) -> Callable[[jax.Array], Quantised] | None:
-    """What some layers of a published kernel are made into; None for the array that they are."""
-    quantise, residual = storages.into(like), m.method.residual
-    if quantise is None or residual is None or begun is None:
-        return quantise
-    place = name.removesuffix("/kernel")
-    start = jax.jit(lambda kernel, q: residual(stack.apart(place)[0], kernel.astype(jnp.float32) - dequantise(q, jnp.float32)))
-
-    def store(kernel: jax.Array) -> Quantised:
-        q = quantise(kernel)
-        for leaf, part in start(kernel, q).items():
-            begun.setdefault(f"{place}/adapter/{leaf}", []).append(part)
-        return q
-
-    return store
-
-
-def start_params(m: Model, seed: int) -> Tree:
-    """All leaves as training starts from them: base, method's start, and the adapter given in model.adapter."""
-    begun: Begun = {}
-    params = tree.flatten(base_params(m, lambda name: True, seed, begun))
-    for name, parts in begun.items():
-        params[name] = jax.device_put(jnp.concatenate(parts).astype(params[name].dtype), params[name].sharding)
-    params = m.method.start(tree.unflatten(params))
-    if m.source.adapter is not None:
-        params = with_adapter(m, params, m.source.adapter)
-    return params
-
-
-def with_adapter(m: Model, params: Tree, directory: Path) -> Tree:
-    """The parameters with the values of a PEFT directory in the adapter's leaves, and in those that learned beside it."""
-    saved = adapters.saved(directory, m.source.table, tree.flatten(m.layout))
-    there = tree.flatten(params)
-    of_base = lambda leaf: there[leaf] if leaf in there else tree.flatten(base_params(m, lambda name: name == leaf, 0))[leaf]  # noqa: E731
-    adapters.check_base(directory, m.source.table, tree.flatten(m.layout), of_base)
-    wanted = {n: x for n, x in tree.flatten(m.layout).items() if added(n) or n in ADDED or n in saved}
-    values = tree.flatten(adapters.read(directory, tree.unflatten(wanted), m.source.table))
-    placed = {name: jax.device_put(values[name], leaf.sharding) for name, leaf in wanted.items()}
-    return tree.unflatten({**tree.flatten(params), **placed})
-
-
-def _mean_rows(m: Model, params: Tree, name: str) -> jax.Array:
-    """New tokens start at the mean of the rows before them (as a sensible direction and length for a token without a meaning yet)."""
-    like, first = tree.flatten(m.layout)[name], m.source.config.added[0]
-
-    def rows(leaf):
-        known_VD = (leaf if name == "embed/added" else leaf.T)[:first].astype(jnp.float32)
-        return jnp.broadcast_to(known_VD.mean(0), like.shape).astype(like.dtype)
-
-    leaf = params["embed"]["table"] if name == "embed/added" else params["head"]["kernel"]
-    return jax.jit(rows, out_shardings=like.sharding)(leaf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,6 +266,8 @@ def parts(config: Mapping[str, Any], like: Parts | None = None, sketch: meshes.D
     for name, data in zip(("data.train", "data.eval", "data.kept"), (read[0], *read[2:]), strict=True):
         if data is not None and data.length > (room := source.config.max_length - built.method.sites.offset):
             raise ValueError(f"{name}.length={data.length} is more than the {room} positions that the model was made for.")
+    if source.attention != "auto" and (why := attention(source, built.method, where, read[0].length)[1]):
+        raise ValueError(f"model.attention={source.attention!r} cannot be had. {why}. Set it to auto, which takes another form there.")
     return Parts(c, built, loss, optimizer, *read, compared(built, c["objective"]), settings, evaluation, keep, log)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from tuning import adapted, build, export
+from tuning import adapted, build, export, weights
 from tuning.adapted import Adapted
 from tuning.core import config as configs
 from tuning.core import mesh as meshes
@@ -76,7 +76,7 @@ def _load_run(path: Path, dtype: str, where: Mesh, which: str | int) -> LoadedMo
     with contextlib.closing(Checkpoints(path / "checkpoints", read_only=True)) as checkpoints:
         evaluated = checkpoints.best() is not None
         step, tuned, _, _ = checkpoints.restore("last" if which == "best" and not evaluated else which, learns, None)
-    params = tree.merge(tuned, build.base_params(m, lambda name: not m.tuned(name), config["seed"]))
+    params = tree.merge(tuned, weights.base_params(m, lambda name: not m.tuned(name), config["seed"]))
     return LoadedModel(m, params, stop_ids(source), config["method"], path, step)
 
 

@@ -29,6 +29,7 @@ class Source:
     path       what the user wrote, for records
     fresh      the leaves of a head that the checkpoint does not have: they learn under every method
     storage    what the kernels in its layers are kept as where they do not learn; None for arrays
+    attention  the form of attention that was asked for; see nn/kernels.py
     """
 
     config: Architecture
@@ -40,6 +41,7 @@ class Source:
     revision: str | None = None
     fresh: frozenset[str] = frozenset()
     storage: Storage | None = None
+    attention: str = "auto"
 
     @property
     def table(self) -> Table:
@@ -72,6 +74,7 @@ def pretrained(
     dtype: str = "float32",
     precision: str = "highest",
     remat: str = "none",
+    attention: str = "auto",
     quantise: str = "",
     quantise_block: int = 64,
     quantise_scales: bool = True,
@@ -91,6 +94,8 @@ def pretrained(
     dtype         of the computation and of frozen weights; tuned leaves and optimiser state are float32
     precision     of float32 matmuls on GPU and TPU: "highest" is exact, "default" is faster
     remat         what the backward pass keeps: "none" (everything), "dots" (matmul results), "full" (each layer's input)
+    attention     how: "splash" (TPU), "cudnn" (GPU, bfloat16) or "blockwise" (anywhere, for everything); "auto" takes the device's kernel
+                  where it can be had. "splash_interpreted" is splash on any device, slowly
     quantise      what the kernels in layers are kept as that do not learn: "nf4" (QLoRA: Dettmers et al., 2023, arXiv:2305.14314), "int4",
                   "int8", or "" for arrays of `dtype`
     quantise_block, quantise_scales  values that share a scale, and whether the scales are quantised too ("double quantisation")
@@ -99,11 +104,7 @@ def pretrained(
     directory = None if described else files.resolve(path, revision)
     published = checkpoint.read_config(directory) if directory else checkpoint.describe(path, revision)
     words = tokenizer.load(directory) if directory else None
-    fresh: frozenset[str] = frozenset()
-    if head or classes:
-        there = checkpoint.opened(directory, published) if directory else {row.tensor for row in families.form(published).table}
-        published = families.with_head(published, head, classes)
-        fresh = frozenset(row.leaf for row in families.form(published).table if row.tensor not in there)
+    published, fresh = _headed(published, directory, head, classes) if head or classes else (published, frozenset())
     config = families.config_from(published)
     fresh -= {"head/kernel"} if config.tied and config.head.output == "vocabulary" else frozenset()
     if added_tokens:
@@ -117,7 +118,16 @@ def pretrained(
         )
     storage = Storage(quantise, quantise_block, quantise_scales, tuple(quantise_except)) if quantise else None
     adapted = files.resolve(adapter) if adapter and directory else None
-    return Source(config, words, directory, published, adapted, path, revision, fresh, storage)
+    return Source(config, words, directory, published, adapted, path, revision, fresh, storage, attention)
+
+
+def _headed(
+    published: dict[str, Any], directory: Path | None, head: str, classes: tuple[str, ...]
+) -> tuple[dict[str, Any], frozenset[str]]:
+    """(config.json with another head, those of its leaves that the checkpoint does not have)."""
+    changed = families.with_head(published, head, classes)
+    there = checkpoint.opened(directory, changed) if directory else {row.tensor for row in families.form(published).table}
+    return changed, frozenset(row.leaf for row in families.form(changed).table if row.tensor not in there)
 
 
 def _add(tokens: tuple[str, ...], words: Any, directory: Path) -> tuple[int, int]:
@@ -149,16 +159,17 @@ def decoder(
     dtype: str = "float32",
     precision: str = "highest",
     remat: str = "none",
+    attention: str = "auto",
 ) -> Source:
     """A fresh Llama-shaped model over the vocabulary of a tokenizer (a folder or hub id): a language model or, with `classes`, a classifier
-    of texts. See TransformerConfig for the other keys."""
+    of texts. See TransformerConfig for the other keys, and `pretrained` for attention."""
     words = load_tokenizer(tokenizer)
     config = TransformerConfig(
         vocab_size=len(words), width=width, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim, hidden=hidden,
         max_length=max_length, rope_theta=rope_theta, kinds=(Kind(window=window),) * layers, tied=tied, qk_norm="head" if qk_norm else "",
         head=_head(classes, "last", bias=False), dtype=dtype, precision=precision, remat=remat,
     )  # fmt: skip
-    return Source(config, words, path=tokenizer)
+    return Source(config, words, path=tokenizer, attention=attention)
 
 
 def encoder_decoder(

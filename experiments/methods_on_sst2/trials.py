@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tuning import build
+from tuning import build, weights
 from tuning.api import enable_compilation_cache
 from tuning.core import config as configs
 from tuning.core import mesh as meshes
@@ -131,7 +131,7 @@ def program(config: Mapping[str, Any]) -> Callable[[float, int], Record]:
         with jax.set_mesh(m.mesh):
             data = loader.Loader(parts.train, batch_size=settings.batch_size, seed=seed, mesh=m.mesh)
             batches = [data.batch(number) for number in range(settings.steps)]
-            now = state.start(build.start_params(m, seed), m.tuned, transform, m.mesh)
+            now = state.start(weights.start_params(m, seed), m.tuned, transform, m.mesh)
             now = dataclasses.replace(now, optimizer=(jax.device_put(np.float32(rate), now.optimizer[0].sharding), now.optimizer[1]))
             jax.block_until_ready((now, batches))
             began, means = time.process_time(), {}

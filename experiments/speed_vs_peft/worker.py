@@ -11,6 +11,7 @@ from pathlib import Path
 
 from experiments.speed_vs_peft import job as jobs
 from experiments.speed_vs_peft.job import Job
+from tuning import weights
 
 # run(first step, last step) makes these steps and returns the last one's loss; peak() is the largest memory so far, in bytes
 Side = tuple[Callable[[int, int], float], Callable[[], int]]
@@ -42,7 +43,7 @@ def ours(job: Job, directory: Path) -> Side:
         return Batch(**{name: jax.device_put(x, place) for name, x in jobs.batch(job, number).items()})
 
     with jax.set_mesh(m.mesh):
-        now = state.start(build.start_params(m, 0), m.tuned, optimizer.transform, m.mesh)
+        now = state.start(weights.start_params(m, 0), m.tuned, optimizer.transform, m.mesh)
         update = step.train_step(m.network.apply, bind("objective")(), optimizer.transform, accumulate=1, clip_norm=job.clip_norm, seed=0)
         compiled = step.jit(update, now, put(0))
 

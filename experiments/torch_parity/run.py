@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tuning import build, export
+from tuning import build, export, weights
 from tuning.data import loader
 from tuning.training import state, step
 
@@ -95,7 +95,7 @@ def ours(run: Mapping[str, Any], adapter: Path) -> tuple[list[Update], list[dict
     m, seed, updates, batches = parts.model, parts.config["seed"], [], []
     with jax.set_mesh(m.mesh):
         data = loader.Loader(parts.train, batch_size=parts.settings.batch_size, seed=seed, mesh=m.mesh)
-        params = build.start_params(m, seed)
+        params = weights.start_params(m, seed)
         if parts.config["method"]["name"] != "full":
             export.write(m, params, parts.config["method"], adapter, "peft", merge=False)
         now = state.start(params, m.tuned, parts.optimizer.transform, m.mesh)

@@ -8,7 +8,7 @@ import pytest
 
 import tuning
 from tests import checkpoints
-from tuning import build
+from tuning import build, weights
 from tuning.__main__ import main
 from tuning.core import mesh, tree
 from tuning.hub import checkpoint, names
@@ -250,7 +250,7 @@ def test_factors_that_began_at_the_kernels_own_are_combined_whole(checkpoint_of)
     said = dict(rank=4, alpha=6.0, targets=("attn/q", "mlp/down"), init="pissa")
     m = build.model(source, METHODS["lora"](build.outline(source), **said), where)
     grown = lambda name, x: x * 1.5 if name.endswith(("/a", "/b")) else x  # noqa: E731
-    params = tree.map_named(grown, m.method.start(build.base_params(m, lambda name: True, 0)))
+    params = tree.map_named(grown, m.method.start(weights.base_params(m, lambda name: True, 0)))
     ours = LoadedModel(m, params, (), {"name": "lora", **said})
     assert (ours.names, ours.active) == (("default",), "default")
     ours.combine("twice", {"default": 2.0}, svd_rank=8)

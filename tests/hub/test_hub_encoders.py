@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import checkpoints
-from tuning import build
+from tuning import build, weights
 from tuning.core import mesh, tree
 from tuning.core.types import Batch
 from tuning.hub import checkpoint, families, files, sentences
@@ -152,7 +152,7 @@ def test_another_head_finds_its_weights_in_a_published_file(head, classes, fresh
     source = pretrained(path=str(published), head=head, classes=classes)
     assert source.fresh == fresh
     model = build.model(source, build.METHODS["full"](build.outline(source)), mesh.over(jax.devices()[:1]))
-    params = tree.flatten(build.base_params(model, lambda name: True, 0))
+    params = tree.flatten(weights.base_params(model, lambda name: True, 0))
     there = files.Tensors(published)
     if head != "masked_language_model":
         assert np.array_equal(params["head/dense/kernel"], there.read("bert.pooler.dense.weight").T)

@@ -10,7 +10,7 @@ import pytest
 
 import tuning
 from tests import checkpoints
-from tuning import build, export
+from tuning import build, export, weights
 from tuning.core import mesh, tree
 from tuning.core.types import Batch, Inputs
 from tuning.hub import adapters, files
@@ -373,7 +373,7 @@ def test_a_new_head_travels_with_its_adapter(family, head, method, modules, tmp_
         chosen = METHODS[method["name"]](build.outline(source), **{key: value for key, value in method.items() if key != "name"})
         m, rng = build.model(source, chosen, where), np.random.default_rng(3)
         fill = lambda name, x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype) if m.tuned(name) else x  # noqa: E731
-        params = tree.map_named(fill, build.base_params(m, lambda name: True, 0))
+        params = tree.map_named(fill, weights.base_params(m, lambda name: True, 0))
         export.write(m, params, method, tmp_path, "peft", merge=False)
     said = json.loads((tmp_path / "adapter_config.json").read_text())
     assert said["modules_to_save"] == modules

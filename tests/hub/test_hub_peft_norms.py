@@ -10,7 +10,7 @@ import pytest
 import tuning
 from tests import checkpoints
 from tests.hub.test_hub_peft_methods import close, decoded, held, loaded, made, peft_logits, reference
-from tuning import build, export
+from tuning import build, export, weights
 from tuning.core import mesh, tree
 from tuning.hub import files
 from tuning.loaded import LoadedModel
@@ -43,7 +43,7 @@ def learned(folder, method=NORMS, **source):
         )
         rng = np.random.default_rng(3)
         fill = lambda name, x: jnp.asarray(rng.normal(size=x.shape) * 0.3 + 1, x.dtype) if m.tuned(name) else x  # noqa: E731
-        return m, tree.map_named(fill, build.base_params(m, lambda name: True, 0))
+        return m, tree.map_named(fill, weights.base_params(m, lambda name: True, 0))
 
 
 @pytest.mark.parametrize("family", TARGETS)
@@ -133,5 +133,5 @@ def test_training_goes_on_from_pefts_norms(tmp_path, checkpoint_of):
     base = checkpoint_of("llama2")
     _, params = learned(base)
     export.write(*learned(base), NORMS, tmp_path, "peft", merge=False)
-    begun = lambda method: build.start_params(learned(base, method, adapter=str(tmp_path))[0], 0)  # noqa: E731
+    begun = lambda method: weights.start_params(learned(base, method, adapter=str(tmp_path))[0], 0)  # noqa: E731
     assert all(np.array_equal(x, tree.flatten(params)[n]) for n, x in tree.flatten(begun(NORMS)).items())

@@ -9,7 +9,7 @@ import pytest
 import tuning
 from tests import checkpoints
 from tests.hub.test_hub_peft_methods import close, decoded, held, loaded, logits, made, peft_logits, reference, tuned, with_method
-from tuning import build, export
+from tuning import build, export, weights
 from tuning.core import mesh, tree
 from tuning.hub import adapters, files
 from tuning.loaded import LoadedModel
@@ -173,7 +173,7 @@ def with_also(base, method, also, directory):
         chosen = METHODS[method["name"]](build.outline(source), **{key: value for key, value in settings.items() if key != "name"})
         m, rng = build.model(source, chosen, where), np.random.default_rng(3)
         moved = lambda n, x: x + rng.normal(size=x.shape).astype(np.float32) * 0.3 if m.tuned(n) else x  # noqa: E731
-        params = tree.map_named(moved, build.base_params(m, lambda name: True, 0))
+        params = tree.map_named(moved, weights.base_params(m, lambda name: True, 0))
         export.write(m, params, settings, directory, "peft", merge=False)
     return LoadedModel(m, params, ())
 

@@ -13,7 +13,7 @@ import pytest
 import tuning
 from tests import checkpoints, runs, tiny
 from tests.test_train import Crash, crash_at
-from tuning import build
+from tuning import build, weights
 from tuning.core import mesh as meshes
 from tuning.core import tree
 from tuning.core.types import Batch, Mean
@@ -62,7 +62,7 @@ def ours(folder, **sizes):
         method = METHODS["adalora"](build.outline(source), **METHOD)
         m = build.model(source, method, where)
         transform = method.around(STEPS)(OPTIMIZERS["adamw"](SCHEDULES["linear"](STEPS, warmup_steps=1), **OPTIMIZER).transform)
-        now = state.start(build.start_params(m, 0), m.tuned, transform, where)
+        now = state.start(weights.start_params(m, 0), m.tuned, transform, where)
         start, updates, loss = jax.device_get(now.tuned), [], OBJECTIVES["next_token"]()
         batches = [jax.device_put(batch_of(i), meshes.rows(where)) for i in range(STEPS)]
         made = step.train_step(m.network.apply, loss, transform, accumulate=1, clip_norm=CLIP, seed=0, penalty=method.penalty)

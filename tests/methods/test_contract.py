@@ -15,7 +15,7 @@ import pytest
 
 from tests import checkpoints
 from tests.methods.test_methods import AT_ONCE, SETTINGS
-from tuning import build, export
+from tuning import build, export, weights
 from tuning.core import mesh as meshes
 from tuning.core import tree
 from tuning.core.types import Batch, Inputs
@@ -30,7 +30,7 @@ NETWORKS = ("llama3", "gpt2", "bert_masked", "t5")
 MESHES = {"one": {}, "fsdp": {"fsdp": 8}, "tensor": {"tensor": 4}, "mixed": {"fsdp": 2, "tensor": 2}}
 NOWHERE = {("prefix", "t5")}  # its attention is biased by distance
 LENGTH, STEPS = 24, 8
-TEXT = " ".join(f"{build.__doc__} {build.start_params.__doc__} {build.base_params.__doc__}".split())  # whose next letters are learned
+TEXT = " ".join(f"{build.__doc__} {weights.start_params.__doc__} {weights.base_params.__doc__}".split())  # whose next letters are learned
 
 
 def cases():
@@ -77,8 +77,8 @@ def test_a_method_keeps_its_contract(name, family, at, folder_of, tmp_path):
         m = build.model(source, method, where)
         plain = build.model(source, METHODS["full"](build.outline(source)), where)
         batch = jax.device_put(batch_of(source, method.slots), meshes.rows(where))
-        begun = build.start_params(m, 0)
-        base = build.base_params(plain, lambda _: True, 0)
+        begun = weights.start_params(m, 0)
+        base = weights.base_params(plain, lambda _: True, 0)
         first = np.asarray(logits(m.network, begun, batch))
         if name in AT_ONCE:
             assert np.abs(first - np.asarray(logits(plain.network, base, batch))).max() > 1e-3

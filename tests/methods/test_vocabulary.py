@@ -11,7 +11,7 @@ import pytest
 
 import tuning
 from tests import runs, tiny
-from tuning import api, build
+from tuning import api, build, weights
 from tuning.core import mesh as meshes
 from tuning.core import tree
 from tuning.methods import METHODS
@@ -206,7 +206,7 @@ def test_what_also_learns_is_trained_saved_and_loaded_and_nothing_else_is(home, 
     model.export(tmp_path / "peft", format="peft")
     config["model"]["adapter"] = str(tmp_path / "peft")
     begun = build.parts(config)
-    start = tree.flatten(build.start_params(begun.model, 0))
+    start = tree.flatten(weights.start_params(begun.model, 0))
     assert all(np.array_equal(start[name], x) for name, x in leaves.items())
     config["method"] = {key: value for key, value in method.items() if key != "also"}
     with pytest.raises(ValueError, match=r"brings along blocks/0-1/attn_norm/scale, norm/scale, which.*method\.also="):

@@ -61,6 +61,18 @@ def test_rematerialisation_changes_no_gradient(remat):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * max(1.0, float(jnp.abs(a).max()))), one, two)
 
 
+def test_a_network_with_a_kernel_computes_the_same():
+    """A local and a global layer in turn, soft-capped scores, and padding."""
+    config = dataclasses.replace(tiny.CONFIG, layers=2, kinds=(Kind(window=20), Kind()), max_length=128, softcap=3.0)
+    plain, splash = (tiny.build(dataclasses.replace(config, attention=form, remat="full")) for form in ("blockwise", "splash_interpreted"))
+    params, batch = tiny.init(plain), tiny.batch(rows=2, length=128)
+    loss = lambda net: lambda p: (jnp.square(tiny.logits(net, p, batch)).mean(-1) * batch.weights).sum()  # noqa: E731
+    (one, slopes), (two, others) = (jax.jit(jax.value_and_grad(loss(net)))(params) for net in (plain, splash))
+    np.testing.assert_allclose(one, two, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(a).max()))), slopes, others)
+    assert "splash" in str(jax.make_jaxpr(loss(splash))(params)) and "splash" not in str(jax.make_jaxpr(loss(plain))(params))
+
+
 @pytest.mark.parametrize("config", [tiny.CONFIG, WINDOWED], ids=["plain", "windowed"])
 def test_cached_decoding_equals_the_full_forward(config):
     net = tiny.build(config, cuts=(2,))

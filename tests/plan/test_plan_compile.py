@@ -95,7 +95,7 @@ def test_a_stored_step_trains_as_the_run_would_and_only_that_run(home, tmp_path)
     assert lines[0] == lines[1] and len(lines[0]) > 1
     other = runs.config(home)
     other["optimizer"]["learning_rate"] *= 2
-    with pytest.raises(ValueError, match="the step of another run: optimizer.learning_rate"):
+    with pytest.raises(ValueError, match=r"the step of another run: optimizer\.learning_rate"):
         tuning.train(other, tmp_path / "c", compiled=tmp_path / "step.bin")
     with pytest.raises(ValueError, match="there is no such file"):
         tuning.train(config, tmp_path / "d", compiled=tmp_path / "none.bin")
@@ -105,12 +105,16 @@ def test_the_command_plans_as_json_without_data_or_weights(tmp_path, capsys, mon
     from tuning.cli import plan
 
     monkeypatch.setattr(plan, "begin", lambda name: topology.parse(name))  # jax has begun already in this process
-    text = "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict(dict(model=dict(path='meta-llama/Llama-3.1-8B')))\n"
-    (tmp_path / "c.py").write_text(text)
+    section = "dict(model=dict(path='meta-llama/Llama-3.1-8B'))"
+    (tmp_path / "c.py").write_text(f"import ml_collections\n\ndef get_config():\n    return ml_collections.ConfigDict({section})\n")
     asked = ["plan", f"--config={tmp_path / 'c.py'}", "--config.model.dtype=bfloat16", "--config.train.batch_size=1", "--json"]
     assert main([*asked, "--topology=h100:1"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert made["parameters"] == {"total": 8_030_261_248 + 41_943_040 // 2, "tuned": 41_943_040 // 2, "matmul": 7_504_658_432 + 41_943_040 // 2}
+    assert made["parameters"] == {
+        "total": 8_030_261_248 + 41_943_040 // 2,
+        "tuned": 41_943_040 // 2,
+        "matmul": 7_504_658_432 + 41_943_040 // 2,
+    }
     assert made["fits"] is True and made["bytes_per_device"]["weights"] == 2 * 8_030_261_248
     used = made["bytes_per_device"]
     assert used["total"] == sum(size for name, size in used.items() if name not in ("total", "cache"))

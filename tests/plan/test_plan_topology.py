@@ -7,7 +7,13 @@ from tuning.plan import topology
 
 @pytest.mark.parametrize(
     "text, devices, slices, gib",
-    [("v5e:16x16", 256, 1, 15.75), ("v5p:4x4x4", 64, 1, 95.74), ("tpu7x:4x4x4", 128, 1, 94.75), ("2*v5e:4x4", 32, 2, 15.75), ("h100:8", 8, 1, 79.65)],
+    [
+        ("v5e:16x16", 256, 1, 15.75),
+        ("v5p:4x4x4", 64, 1, 95.74),
+        ("tpu7x:4x4x4", 128, 1, 94.75),
+        ("2*v5e:4x4", 32, 2, 15.75),
+        ("h100:8", 8, 1, 79.65),
+    ],
 )
 def test_a_name_says_how_many_devices_there_are(text, devices, slices, gib):
     found = topology.parse(text)

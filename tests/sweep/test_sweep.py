@@ -9,6 +9,7 @@ from tests import runs
 from tuning import api, build
 from tuning.cli import flags
 from tuning.core import config as configs
+from tuning.plan import cost
 from tuning.sweep import sweep
 from tuning.sweep.space import chain, choice, grid, log_uniform, product, seeds, when
 from tuning.sweep.sweep import Sweep

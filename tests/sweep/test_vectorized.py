@@ -13,7 +13,7 @@ import pytest
 import tuning
 from tests import runs
 from tests.methods.test_methods import SETTINGS
-from tuning import api, build
+from tuning import api, build, weights
 from tuning.core import tree
 from tuning.data import loader
 from tuning.methods import METHODS
@@ -196,7 +196,7 @@ def test_a_method_takes_the_same_steps_in_a_group(home, variant):
         loaders = [loader.Loader(p.train, batch_size=8, seed=p.config["seed"], mesh=p.model.mesh) for p in parts]
         other = parts[1 - parts.index(whole)]  # the one whose numbers the program does not have
         m, k = other.model, parts.index(other)
-        own = state.start(build.start_params(m, other.config["seed"]), m.tuned, other.optimizer.transform, m.mesh)
+        own = state.start(weights.start_params(m, other.config["seed"]), m.tuned, other.optimizer.transform, m.mesh)
         took = step.jit(other.train_step(other.config["seed"]), own, loaders[k].batch(0))
         for i, stacked in zip(range(3), many.batches(whole.train, loaders, m.mesh), strict=False):
             now, means = program(now, stacked)

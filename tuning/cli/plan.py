@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from tuning.plan.topology import Topology
 
-EPILOG = """No weights and no data are read, and no device is needed: of the model its config.json is enough, from a folder, the hub, or one of
-those that are known (tuning/hub/known.py). Rows of data count as full.
+EPILOG = """No weights and no data are read, and no device is needed: of the model its config.json is enough, from a folder, the hub,
+or one of those that are known (tuning/hub/known.py). Rows of data count as full.
 
 topologies:
   v5e:16x16  v5p:4x4x4  v6e:8x8  tpu7x:4x4x4   a TPU slice; 2*v5e:16x16 is two of them, joined by mesh.dcn=2
@@ -106,7 +106,8 @@ def show(plan: dict[str, Any], device: str) -> None:
     console.print(f"parameters: {n['total']:,} || that learn: {n['tuned']:,} || that multiply a token: {n['matmul']:,}")
     console.print(f"FLOPs per token: {plan['flops_per_token'] / 1e9:,.2f} G (causal attention; what is computed again is not counted)")
     console.print(memory(plan))
-    for name, unit in (("seconds_per_step", "s per step"), ("tokens_per_second", "tokens/s"), ("hours", "hours"), ("kilowatt_hours", "kWh")):
+    units = {"seconds_per_step": "s per step", "tokens_per_second": "tokens/s", "hours": "hours", "kilowatt_hours": "kWh"}
+    for name, unit in units.items():
         value = plan[name]
         console.print(f"{unit}: {'unknown' if value is None else f'{value:,.4g}'} ({sources[name]})", markup=False)
     money = "unknown" if plan["cost"] is None else f"{plan['cost']:,.2f} {plan['currency']}"

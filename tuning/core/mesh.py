@@ -45,7 +45,9 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def mesh(devices: Devices | None = None, /, *, dcn: int = 1, data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1) -> Mesh:
+def mesh(
+    devices: Devices | None = None, /, *, dcn: int = 1, data: int = -1, fsdp: int = 1, expert: int = 1, context: int = 1, tensor: int = 1
+) -> Mesh:
     """All devices as a mesh with the axes AXES; one size may be -1, which takes the devices that are left. `devices` is as `over` has it.
 
     data: copies of the model. fsdp: parameters and batch split alike (ZeRO-3). expert: routed experts and batch split; a model without

@@ -40,8 +40,8 @@ CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
 def resolve(path_or_id: str | os.PathLike, revision: str | None = None, wanted: Sequence[str] = WANTED) -> Path:
     """The local folder of a checkpoint: a folder as it is, or a Hugging Face id such as `owner/name`, downloaded into the hub's cache.
 
-    Only what is wanted is fetched: weights in safetensors, configurations, tokenizer files and the model card. ValueError if it is neither a folder nor a
-    reachable id.
+    Only what is wanted is fetched: weights in safetensors, configurations, tokenizer files and the model card. ValueError if it is neither
+    a folder nor a reachable id.
     """
     text = os.fspath(path_or_id)
     if (folder := Path(text).expanduser()).is_dir():

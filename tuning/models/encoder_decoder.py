@@ -20,6 +20,7 @@ from tuning.models.heads import Head
 from tuning.models.transformer import TransformerConfig, trunk
 from tuning.nn import cache as caches
 from tuning.nn.attention import Seen
+from tuning.nn.blockwise import Marks
 from tuning.nn.dropout import dropout
 from tuning.nn.linear import Embedding
 from tuning.nn.sites import Sites
@@ -29,7 +30,7 @@ SHARED = ("vocab_size", "width", "max_length", "dtype", "precision", "remat")
 # Options of a transformer whose other values mean nothing here.
 PLAIN = {
     "positions": "relative", "order": "before", "fused": "", "qk_norm": "", "embed_scale": 1.0, "embed_norm": False, "type_count": 0,
-    "experts": 0, "dropped": TransformerConfig.dropped,
+    "experts": 0, "dropped": TransformerConfig.dropped, "attention": "blockwise",
 }  # fmt: skip
 
 
@@ -71,6 +72,7 @@ class EncoderDecoderConfig:
     precision = property(lambda self: self.decoder.precision)
     remat = property(lambda self: self.decoder.remat)
     vocabulary = property(lambda self: self.decoder.vocabulary)
+    attention_on = property(lambda self: self.decoder.attention_on)
     reads = "encoder_decoder"
 
     def attention_flops(self, length: float, inputs: float | None = None) -> float:
@@ -128,12 +130,11 @@ class EncoderDecoder(nnx.Module):
             else:
                 assert cache.memory is not None, "An encoder-decoder's cache begins with `remember`."
                 source_BSD, source_segments_BS = None, cache.memory_segments
-            same_BTS = batch.segments[:, :, None] == source_segments_BS[:, None, :]
-            cross = Seen((same_BTS & (source_segments_BS != 0)[:, None, :])[:, None])
+            queries, known = (Marks(segments, jnp.zeros_like(segments)) for segments in (batch.segments, source_segments_BS))
             key = keys.fold(key, "decoder")
             x_BTD = self._embed(batch.tokens, None, d, key)
             x_BTD, measures, cache = transformer.run(
-                d, self.decoder, x_BTD, batch.positions, batch.segments, cache, key, cross=cross, source=source_BSD
+                d, self.decoder, x_BTD, batch.positions, batch.segments, cache, key, cross=Seen(queries, known), source=source_BSD
             )
             x_BTD = dropout(x_BTD, d.dropout, keys.fold(key, "out"))
             return x_BTD, self.head.bound(self.embed, d.precision, answer_key=key), measures, cache

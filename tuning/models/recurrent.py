@@ -100,6 +100,10 @@ class RecurrentConfig:
         """There is no attention."""
         return 0.0
 
+    def attention_on(self, platform: str, form: str = "auto", prefix: int = 0, length: int | None = None) -> tuple[str, str]:
+        """Nor a form of it."""
+        return "", "" if form == "auto" else "a recurrent network has no attention"
+
     def empty_cache(self, batch: int, slots: int, cuts: tuple[int, ...] = ()) -> RecurrentCache:
         """The states before the first token; they take the same room for any number of slots, and each layer is a segment of its own."""
         if self.bidirectional:

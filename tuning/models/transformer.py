@@ -18,9 +18,10 @@ from tuning.core.types import Batch, Mean
 from tuning.models.checks import check
 from tuning.models.heads import LANGUAGE_MODEL, Head, HeadConfig
 from tuning.nn import cache as caches
-from tuning.nn import moe, rotary
+from tuning.nn import kernels, moe, rotary
 from tuning.nn.attention import FUSED, QK_NORMS, Seen, Shape
 from tuning.nn.block import ORDERS, Block, Context, Kind, Layer
+from tuning.nn.blockwise import EVERYWHERE, Marks
 from tuning.nn.dropout import dropout
 from tuning.nn.linear import Embedding, Table
 from tuning.nn.mlp import ACTIVATIONS
@@ -60,6 +61,7 @@ class TransformerConfig:
     dtype          of the computation, "float32" or "bfloat16"
     precision      of float32 matmuls on GPU and TPU, "highest" (exact) or "default" (fast)
     remat          what the backward pass keeps: "none" (all), "dots" (matmul results), "full" (only each layer's input)
+    attention      how sequences attend to themselves, one of tuning.nn.kernels.MULTIPLES; see `attention_on`
     """
 
     vocab_size: int
@@ -110,12 +112,14 @@ class TransformerConfig:
     dtype: str = "float32"
     precision: str = "highest"
     remat: str = "none"
+    attention: str = "blockwise"
 
     def __post_init__(self):
         if not self.kinds:
             object.__setattr__(self, "kinds", (Kind(),) * self.layers)
         sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "hidden", "max_length")
         choices = dict(order=ORDERS, norm=NORMS, positions=POSITIONS, fused=FUSED, qk_norm=QK_NORMS, activation=tuple(ACTIVATIONS))
+        choices |= dict(attention=tuple(kernels.MULTIPLES))
         check(self, sizes, choices)
         if len(self.kinds) != self.layers:
             raise ValueError(f"kinds describes {len(self.kinds)} layers, and there are layers={self.layers}.")
@@ -140,13 +144,19 @@ class TransformerConfig:
         seen = [half * length if kind.window is None else min(half * length, 2 * kind.window) for kind in self.kinds]
         return 2 * sum(seen) * self.heads * self.head_dim
 
+    def attention_on(self, platform: str, form: str = "auto", prefix: int = 0, length: int | None = None) -> tuple[str, str]:
+        """(the form of attention on devices of a platform, why it is not the one that was asked for); see kernels.choose."""
+        bias = self.positions not in ("rotary", "learned")
+        needs = kernels.Needs(self.dtype, self.head_dim, self.softcap, self.attention_dropout, bias, prefix, length)
+        return kernels.choose(form, platform, needs)
+
     def layer(self, **more: Any) -> Layer:
         """What all layers share."""
         c = self
         attention = Shape(
             width=c.width, heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim, bias=c.attention_bias, out_bias=c.attention_out_bias,
             fused=c.fused, qk_norm=c.qk_norm, norm=c.norm, eps=c.norm_eps, scale=c.scale or c.head_dim**-0.5, softcap=c.softcap,
-            dropout=c.attention_dropout, precision=c.precision,
+            dropout=c.attention_dropout, precision=c.precision, form=c.attention,
         )  # fmt: skip
         return Layer(
             attention, c.order, c.norm, c.norm_eps, c.hidden, c.activation, c.gated, c.fused_mlp, c.mlp_bias, c.dropout, c.mlp_dropout,
@@ -240,30 +250,32 @@ def look(
 
     The keys of a prefix have the positions before the first token's: every segment sees them, as far as a layer's window reaches.
     """
-    seen_positions_BS, seen_segments_BS = (positions_BT, segments_BT) if cache is None else (cache.positions, cache.segments)
-    distance_BTS = positions_BT[:, :, None] - seen_positions_BS[:, None, :]
-    same_BTS = (segments_BT[:, :, None] == seen_segments_BS[:, None, :]) & (seen_segments_BS != 0)[:, None, :]
-    visible_BTS = same_BTS & (distance_BTS >= 0) if c.causal else same_BTS
+    queries = Marks(segments_BT, positions_BT)
+    known = queries if cache is None else Marks(cache.segments, cache.positions)
     bias = None
     if c.positions == "alibi_keys":
-        bias = mesh.constrain(alibi_of_keys(c.heads, seen_positions_BS) * c.layer().attention.scale, "batch", "heads", None, None)
+        bias = mesh.constrain(alibi_of_keys(c.heads, known.positions) * c.layer().attention.scale, "batch", "heads", None, None)
     if c.positions in ("relative", "alibi"):
         # Between two tokens of one segment the places in the row are as far apart as the positions, and the same for all rows.
         first = 0 if past is None else past.length
-        away_TS = first + jnp.arange(positions_BT.shape[1])[:, None] - jnp.arange(seen_positions_BS.shape[1])[None, :]
+        away_TS = first + jnp.arange(positions_BT.shape[1])[:, None] - jnp.arange(known.positions.shape[1])[None, :]
         bias = alibi(c.heads, away_TS) if relative is None else relative(away_TS)
         bias = mesh.constrain(bias, "heads", None, None)
-    lengths_BT = jnp.where(same_BTS, seen_positions_BS[:, None, :], 0).max(-1) + 1
     # While a text grows, its length is what the cache can hold: angles that changed on the way would not fit the keys stored before.
-    lengths_BT = lengths_BT if cache is None else jnp.full_like(lengths_BT, seen_positions_BS.shape[1])
+    lengths_BT = _lengths(queries) if cache is None else jnp.full_like(positions_BT, known.positions.shape[1])
     turns = {rope: _angles(c, rope, positions_BT, lengths_BT) for rope in dict.fromkeys(kind.rope for kind in c.kinds)}
     if prefix:
-        before_BTn = positions_BT[:, :, None] - jnp.arange(prefix)[None, None]
-        distance_BTS = jnp.concatenate([before_BTn, distance_BTS], axis=-1)
-        visible_BTS = jnp.concatenate([jnp.ones_like(before_BTn, bool), visible_BTS], axis=-1)
-    near = lambda window: visible_BTS if window is None else visible_BTS & (abs(distance_BTS) < window)  # noqa: E731
-    masks = {window: near(window)[:, None] for window in dict.fromkeys(kind.window for kind in c.kinds)}
-    return {kind: Seen(masks[kind.window], bias, turns[kind.rope]) for kind in dict.fromkeys(c.kinds)}
+        first_Bn = jnp.broadcast_to(jnp.arange(prefix), (positions_BT.shape[0], prefix))
+        before = Marks(jnp.full_like(first_Bn, EVERYWHERE), first_Bn)
+        known = Marks(*(jnp.concatenate(pair, axis=1) for pair in zip(before, known, strict=True)))
+    own = known is queries
+    return {kind: Seen(queries, known, c.causal, kind.window, own, bias, turns[kind.rope]) for kind in dict.fromkeys(c.kinds)}
+
+
+def _lengths(marks: Marks) -> jax.Array:
+    """[B, T]: how many positions the segment of each token has."""
+    same_BTS = marks.segments[:, :, None] == marks.segments[:, None, :]
+    return jnp.where(same_BTS, marks.positions[:, None, :], 0).max(-1) + 1
 
 
 def _angles(c: TransformerConfig, rope: str, positions_BT, lengths_BT) -> tuple[jax.Array, jax.Array] | None:

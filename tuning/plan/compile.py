@@ -15,7 +15,6 @@ import jax
 from tuning import build
 from tuning.data import loader
 from tuning.plan import hlo, topology
-from tuning.plan.topology import Topology
 from tuning.training import state, step
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -85,7 +84,7 @@ def compile(parts: build.Parts) -> Compiled | Refused:
 
 
 def refused(message: str, seconds: float) -> Refused:
-    """What the compiler says when memory is short: `... temporaries (90.19G) exceeds available HBM (15.75G)`, `Used 20.33G of 15.75G hbm`."""
+    """From what it says: `... temporaries (90.19G) exceeds available HBM (15.75G)`, or `Used 20.33G of 15.75G hbm`."""
     amounts = [float(n) * UNITS[unit] for n, unit in re.findall(r"\b([\d.]+)([KMGT])(?:i?B)?\b", message)]
     needed, available = (int(x) for x in amounts[:2]) if len(amounts) > 1 else (None, None)
     return Refused(needed, available, seconds, message.partition("\n\n")[0].strip()[:2000])

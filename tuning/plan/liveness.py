@@ -85,8 +85,12 @@ class Peak:
     at: str = ""
 
 
-def peak(jaxpr: Any, held: Callable[[int], float] = lambda i: 0.0, result: Callable[[int, int], float] = lambda i, size: size,
-         slices: float = 1.0) -> Peak:
+def peak(
+    jaxpr: Any,
+    held: Callable[[int], float] = lambda i: 0.0,
+    result: Callable[[int, int], float] = lambda i, size: size,
+    slices: float = 1.0,
+) -> Peak:
     """The most that a jaxpr has in memory at a time, without its inputs.
 
     held    share of the i-th input's bytes that are made anew where it is used (1: it is gathered from its shards)

@@ -24,7 +24,10 @@ from tuning.nn import stack
 from tuning.plan import liveness
 from tuning.training import state
 
-SPLIT = {"tensor": ("heads", "kv_heads", "hidden", "expert_hidden", "vocab_size"), "expert": ("experts",)}  # fields of a config, by mesh axis
+SPLIT = {
+    "tensor": ("heads", "kv_heads", "hidden", "expert_hidden", "vocab_size"),
+    "expert": ("experts",),
+}  # fields of a config, by mesh axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,9 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
 def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
     """(jaxpr of the gradients on one device, names of the parameters among its inputs, which come first)."""
     m, mesh = parts.model, parts.model.mesh
-    alone = meshes.over([meshes.device(mesh)]) if not hasattr(mesh, "abstract_device") else meshes.over(meshes.Absent(1, meshes.device(mesh)))
+    alone = (
+        meshes.over([meshes.device(mesh)]) if not hasattr(mesh, "abstract_device") else meshes.over(meshes.Absent(1, meshes.device(mesh)))
+    )
     source = dataclasses.replace(m.source, config=sharded(m.source.config, dict(mesh.shape)))
     method = configs.bind(build.SECTIONS, parts.config, "method")(build.outline(source))
     own = build.model(source, method, alone)

@@ -20,7 +20,12 @@ SPARE = 0.05  # of a device's memory, that a plan which fits leaves free
 
 
 def report(
-    parts: build.Parts, topology: Topology, *, prices: Path | None = None, measured: Path | None = None, compiled: Compiled | Refused | None = None
+    parts: build.Parts,
+    topology: Topology,
+    *,
+    prices: Path | None = None,
+    measured: Path | None = None,
+    compiled: Compiled | Refused | None = None,
 ) -> dict[str, Any]:
     """The plan of a run on a topology.
 
@@ -100,9 +105,10 @@ def verdict(plan: dict[str, Any]) -> str:
     if plan["fits"]:
         return f"FITS with {plan['spare']:.0%} to spare: {gib(needs)} ({by}) of {gib(room)} on each device."
     short = "leaves" if needs <= room else "is beyond"
-    return f"DOES NOT FIT: {gib(needs)} ({by}) {short} {gib(room)} of {name}" + (f" less than the {SPARE:.0%} that are kept free." if needs <= room else ".")
+    return f"DOES NOT FIT: {gib(needs)} ({by}) {short} {gib(room)} of {name}" + (
+        f" less than the {SPARE:.0%} that are kept free." if needs <= room else "."
+    )
 
 
 def gib(size: float | None) -> str:
     return "?" if size is None or math.isnan(size) else f"{size / 2**30:,.2f} GiB"
-

@@ -19,8 +19,8 @@ from tuning.core import mesh as meshes
 from tuning.plan.compile import Compiled
 
 # Keys that change nothing in the step.
-FREE = ("eval", "checkpoint", "log", "data.train.path", "data.train.subset", "data.train.split", "data.train.columns", "data.train.sample_by",
-        "data.train.format", "data.eval", "data.kept", "model.path", "model.revision", "model.adapter", "train.log_every")  # fmt: skip
+FREE = ("eval", "checkpoint", "log", "data.eval", "data.kept", "data.train.format", "model.revision", "model.adapter", "train.log_every")
+FREE += tuple(f"data.train.{key}" for key in build.READ)
 
 
 def save(path: Path, parts: build.Parts, compiled: Compiled) -> None:

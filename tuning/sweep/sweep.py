@@ -19,6 +19,7 @@ from tuning import build
 from tuning.core import config as configs
 from tuning.core import tree
 from tuning.core.config import Config
+from tuning.plan import cost
 from tuning.sweep.names import names
 from tuning.sweep.space import Point, Space, points
 from tuning.training import state, workdir

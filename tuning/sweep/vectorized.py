@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tuning import api, build
+from tuning import api, build, weights
 from tuning.core import config as configs
 from tuning.core import mesh as meshes
 from tuning.core import tree
@@ -228,7 +228,7 @@ def _layouts(parts: Sequence[build.Parts]) -> list[Tree]:
 def begun(parts: Sequence[build.Parts], whole: build.Parts) -> TrainState:
     """The stacked state before the first step. The base is read once."""
     m, (tuned_layout, optimizer_layout) = whole.model, _layouts(parts)
-    params = build.start_params(m, whole.config["seed"])
+    params = weights.start_params(m, whole.config["seed"])
     frozen = tree.split(params, lambda name: not m.tuned(name))[0]
     tuned = many.stack([_own_start(p, params) for p in parts], tuned_layout)
     places = jax.tree.map(lambda x: x.sharding, optimizer_layout)
@@ -240,7 +240,7 @@ def _restored(runs: Sequence[api.Opened], whole: build.Parts, at: int) -> tuple[
     """The stacked state of a step that all have saved, and what their checkpoints noted."""
     m, layouts = whole.model, _layouts([run.parts for run in runs])
     saved = [run.checkpoints.restore(at, *api.own_layout(run.parts)) for run in runs]
-    frozen = build.base_params(m, lambda name: not m.tuned(name), whole.config["seed"])
+    frozen = weights.base_params(m, lambda name: not m.tuned(name), whole.config["seed"])
     tuned, optimizer = (many.stack([one[i + 1] for one in saved], layout) for i, layout in enumerate(layouts))
     return TrainState(state.at(at, m.mesh), tuned, frozen, optimizer), [one[3] for one in saved]
 
@@ -249,12 +249,12 @@ def _own_start(parts: build.Parts, params: Tree) -> Tree:
     """What a run's leaves that learn start from; `params` are another run's parameters, as its training starts from them."""
     m, seed = parts.model, parts.config["seed"]
     if m.method.residual is not None:
-        return tree.split(build.start_params(m, seed), m.tuned)[0]  # its start is made while the base is read
-    drawn = build.absent(m.source)
-    own = build.base_params(m, lambda name: m.tuned(name) and (added(name) or name in drawn), seed)
+        return tree.split(weights.start_params(m, seed), m.tuned)[0]  # its start is made while the base is read
+    drawn = weights.absent(m.source)
+    own = weights.base_params(m, lambda name: m.tuned(name) and (added(name) or name in drawn), seed)
     started = m.method.start(tree.unflatten({**tree.flatten(params), **tree.flatten(own)}))
     if m.source.adapter is not None:
-        started = build.with_adapter(m, started, m.source.adapter)
+        started = weights.with_adapter(m, started, m.source.adapter)
     return tree.split(started, m.tuned)[0]
 
 
