@@ -126,9 +126,9 @@ def is_new(source: Source, name: str) -> bool:
     return name in ADDED or name in source.fresh
 
 
-def model(source: Source, method: Method, where: Mesh, masters: str = "float32") -> Model:
-    """`masters` is the dtype of the leaves that learn; all others have that of the computation."""
-    network = _network(source, method, where, method.sites)
+def model(source: Source, method: Method, where: Mesh, masters: str = "float32", network: Network | None = None) -> Model:
+    """`masters` is the dtype of the leaves that learn; all others have that of the computation. `network` is theirs, if it is there."""
+    network = network or _network(source, method, where, method.sites)
     tuned = functools.partial(learns, source, method)
     shapes = {name: leaf.shape for name, leaf in tree.flatten(network.abstract).items()}
     dtype_of = lambda name: masters if tuned(name) else source.config.dtype  # noqa: E731
@@ -245,8 +245,11 @@ def parts(config: Mapping[str, Any], like: Parts | None = None, sketch: meshes.D
     described = [True] if sketch is not None and c["model"]["name"] == "pretrained" else []
     source = like.model.source if like is not None and same("model") else bind("model")(*described)
     check_objective(source, c["objective"]["name"])
-    alike = like is not None and same("model", "mesh", "method")
-    built = like.model if like is not None and alike else model(source, bind("method")(outline(source)), where)
+    if like is not None and same("model", "method"):
+        known = like.model
+        built = known if where == known.mesh else model(source, known.method, where, network=known.network)
+    else:
+        built = model(source, bind("method")(outline(source)), where)
     if not any(map(built.tuned, tree.flatten(built.layout))):
         raise ValueError("No leaf of the model would learn under this method.")
     optimizer = optimized(c, built)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,6 +119,12 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         values.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return values
+
+
+def flags(changes: Mapping[str, Any]) -> list[str]:
+    """Dotted keys with their values as flags of `tuning train`, for a shell."""
+    as_text = lambda value: tuple(value) if isinstance(value, list) else value  # noqa: E731
+    return [shlex.quote(f"--config.{key}={as_text(value)}") for key, value in changes.items()]
 
 
 def plain(value: Any) -> Any:

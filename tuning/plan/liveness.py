@@ -2,7 +2,8 @@
 
 The model: results of matrix products, kernels, loops and whatever else cannot be fused lie in memory from where they are made to where they
 are last used; what is computed element by element is fused into its users, so that in its place what it is computed from stays alive. A
-loop takes what its body takes, once, and what it stacks.
+loop takes what its body takes, once, and what it stacks. A kernel that is kept in codes is an array where it multiplies. Where heads are
+narrower than a TPU's lanes, they are padded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+VIEWS = ("reshape", "squeeze", "expand_dims", "convert_element_type", "transpose", "copy", "optimization_barrier")
+LANES = 128
+SMALLER = 0.75  # a result of less than this share of what it is made of is kept in its place
 
 # Their jaxpr stands in the place where they are called.
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
@@ -33,24 +38,29 @@ class Op:
 
 @dataclasses.dataclass
 class Flat:
-    """A jaxpr with its calls in place: values are numbers, `bytes` their sizes."""
+    """A jaxpr with its calls in place: values are numbers; `codes` are those of whole numbers in a byte."""
 
     ops: list[Op]
     sizes: list[int]
     inputs: list[int]
     outputs: list[int]
+    codes: set[int]
 
 
 def nbytes(aval: Any) -> int:
+    """Bytes of an array; of one that ends in heads, [..., T, H], with H filled up to LANES."""
     shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
-    return math.prod(shape) * getattr(dtype, "itemsize", 0)
+    padded = (*shape[:-1], -(-shape[-1] // LANES) * LANES) if len(shape) >= 4 and shape[-1] >= LANES // 4 else shape
+    return math.prod(padded) * getattr(dtype, "itemsize", 0)
 
 
 def flat(jaxpr: Any) -> Flat:
-    made = Flat([], [], [], [])
+    made = Flat([], [], [], [], set())
 
     def new(aval) -> int:
         made.sizes.append(nbytes(aval))
+        if str(getattr(aval, "dtype", "")) in ("int8", "uint8"):
+            made.codes.add(len(made.sizes) - 1)
         return len(made.sizes) - 1
 
     def walk(jaxpr, inputs: Sequence[int]) -> list[int]:
@@ -106,13 +116,22 @@ def peak(
         if v >= 0 and v not in f.inputs:
             size[v] = result(i, f.sizes[v])
     final = {v for v in f.outputs if v >= 0}
+    for op in f.ops:
+        if op.name == "scan":
+            for v in set(op.outputs[op.params["num_carry"] :]) - _stacked(op):
+                size[v] = 0.0
     last: dict[int, int] = {}
     first: dict[int, int] = {}
     looked = set()
     for n, op in enumerate(f.ops):
+        if op.name == "dot_general":
+            for v in op.inputs:
+                if v >= 0 and roots[v] & f.codes:
+                    roots[v] = frozenset([v])
         alive = frozenset().union(*(roots[v] for v in op.inputs if v >= 0)) if op.inputs else frozenset()
         for v in op.outputs:
-            roots[v] = frozenset([v]) if op.name in MADE or v in final else alive
+            smaller = len(alive) > 1 and size[v] <= SMALLER * sum(size[r] for r in alive)
+            roots[v] = frozenset([v]) if op.name in MADE or v in final or smaller else alive
         for v in alive:
             if op.name == "gather" and v in op.inputs[:1] and v in f.inputs:
                 looked.add(v)
@@ -132,23 +151,44 @@ def peak(
             births.setdefault(n, []).append(v)
             deaths.setdefault(last[v], []).append(v)
     best, live, stacks = Peak(), 0.0, 0.0
-    stacked = {v for op in f.ops if op.name == "scan" for v in op.outputs[op.params["num_carry"] :]}
+    stacked = {v for op in f.ops if op.name == "scan" for v in op.outputs[op.params["num_carry"] :]} - final
     for n, op in enumerate(f.ops):
+        in_place = op.name not in MADE and not final.isdisjoint(op.outputs)  # in the place of what is not needed any more
+        if in_place:
+            live -= sum(size[v] for v in deaths.get(n, ()))
         live += sum(size[v] for v in births.get(n, ()))
         stacks += sum(size[v] for v in births.get(n, ()) if v in stacked)
         inside = _inside(op, slices) if op.name in LOOPS else 0.0
         if live + inside > best.bytes:
             best = Peak(int(live + inside), int(stacks), int(inside), op.name)
-        live -= sum(size[v] for v in deaths.get(n, ()))
+        if not in_place:
+            live -= sum(size[v] for v in deaths.get(n, ()))
         stacks -= sum(size[v] for v in deaths.get(n, ()) if v in stacked)
     return best
+
+
+def _stacked(scan: Op) -> set[int]:
+    """Those stacked results of a loop that are there: what follows from a turn's own slices alone is made again where it is read, and what
+    is the same but for its shape is there once."""
+    carries, before = scan.params["num_carry"], scan.params["num_consts"] + scan.params["num_carry"]
+    body = flat(scan.params["jaxpr"].jaxpr)
+    moving, same = set(body.inputs[scan.params["num_consts"] : before]), {}
+    for op in body.ops:
+        if moving.intersection(op.inputs):
+            moving.update(op.outputs)
+        if op.name in VIEWS and op.inputs[0] >= 0:
+            same[op.outputs[0]] = same.get(op.inputs[0], op.inputs[0]), body.sizes[op.outputs[0]]
+    kept: dict[Any, int] = {}
+    for v, made in zip(scan.outputs[carries:], body.outputs[carries:], strict=True):
+        if made in moving:
+            kept.setdefault(same.get(made, made), v)
+    return set(kept.values())
 
 
 def _inside(op: Op, slices: float) -> float:
     if op.name == "scan":
         body, before = op.params["jaxpr"].jaxpr, op.params["num_consts"] + op.params["num_carry"]
-        # The carry that goes in lies beside the one that comes out; a stack's slice is written in place.
-        outs = op.params["num_carry"]
-        return peak(body, lambda i: slices if i >= before else 0.0, lambda i, size: size if i < outs else 0.0, slices).bytes
+        # What a turn hands on is written where the loop's results lie, which count outside.
+        return peak(body, lambda i: slices if i >= before else 0.0, lambda i, size: 0.0, slices).bytes
     inner = [op.params[key] for key in ("body_jaxpr",) if key in op.params] + list(op.params.get("branches", ()))
     return max((peak(getattr(j, "jaxpr", j), slices=slices).bytes for j in inner), default=0.0)

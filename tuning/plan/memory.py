@@ -13,6 +13,8 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractDevice
 
 from tuning import build
 from tuning.core import config as configs
@@ -21,6 +23,7 @@ from tuning.core import tree
 from tuning.core.types import Tree
 from tuning.data import loader
 from tuning.nn import stack
+from tuning.nn.quantised import Quantised
 from tuning.plan import liveness
 from tuning.training import state
 
@@ -73,7 +76,7 @@ def estimate(parts: build.Parts) -> Memory:
     peak = temporaries(parts)
     copies = 2 if settings.accumulate > 1 else 1
     activations, logits = min(peak.kept, peak.bytes), min(_logits(parts), peak.bytes)
-    rest = max(0, peak.bytes - gradients - activations - logits)
+    rest = max(0, peak.bytes - gradients - activations - logits) + _cast(parts) + _turned(parts)
     return Memory(
         on_device(start.frozen), gradients, copies * gradients, on_device(start.optimizer), activations, logits,
         on_device(loader.abstract(parts.train, settings.batch_size, m.mesh)), _cache(parts), rest,
@@ -99,10 +102,12 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
 def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
     """(jaxpr of the gradients on one device, names of the parameters among its inputs, which come first)."""
     m, mesh = parts.model, parts.model.mesh
-    alone = (
-        meshes.over([meshes.device(mesh)]) if not hasattr(mesh, "abstract_device") else meshes.over(meshes.Absent(1, meshes.device(mesh)))
+    form, _ = build.attention(m.source, m.method, mesh, parts.train.length)
+    # Kernels of different devices keep the same: a TPU's stands for those of others, which cannot be traced without the device.
+    source = dataclasses.replace(
+        m.source, config=sharded(m.source.config, dict(mesh.shape)), attention="blockwise" if form == "blockwise" else "auto"
     )
-    source = dataclasses.replace(m.source, config=sharded(m.source.config, dict(mesh.shape)))
+    alone = meshes.over(meshes.Absent(1, AbstractDevice("", None, "tpu")))
     method = configs.bind(build.SECTIONS, parts.config, "method")(build.outline(source))
     own = build.model(source, method, alone)
     rows = parts.settings.batch_size // parts.settings.accumulate // meshes.row_count(mesh)
@@ -142,6 +147,23 @@ def sharded(config: Any, sizes: dict[str, int]) -> Any:
     return dataclasses.replace(config, **changed)
 
 
+def _cast(parts: build.Parts) -> int:
+    """What learns in layers, in the dtype of the computation: compilers cast whole stacks before the loop over layers."""
+    m = parts.model
+    learns = {n: x for n, x in tree.flatten(m.layout).items() if m.tuned(n) and stack.layer_range(n)}
+    return sum(
+        on_device(x) * jnp.dtype(m.source.config.dtype).itemsize // x.dtype.itemsize
+        for x in learns.values()
+        if x.dtype != m.source.config.dtype
+    )
+
+
+def _turned(parts: build.Parts) -> int:
+    """Codes that are split along the inputs, a second time: before the loop, compilers turn the stack so that a layer can be gathered."""
+    kept = [x for x in tree.flatten(parts.model.layout).values() if isinstance(x, Quantised)]
+    return sum(on_device(x.codes) for x in kept if x.codes.sharding.spec[len(x.codes.shape) - 3])
+
+
 def _logits(parts: build.Parts) -> int:
     """Two float32 arrays of a chunk's logits: themselves and their gradient."""
     config, rows = parts.model.source.config, parts.settings.batch_size // parts.settings.accumulate
@@ -158,4 +180,4 @@ def _cache(parts: build.Parts) -> int:
     if not prompts or not hasattr(config, "kv_heads"):
         return 0
     slots = parts.train.length + parts.evaluation.max_new_tokens
-    return 2 * len(prompts) * config.layers * slots * config.kv_heads * config.head_dim * jax.numpy.dtype(config.dtype).itemsize
+    return 2 * len(prompts) * config.layers * slots * config.kv_heads * config.head_dim * jnp.dtype(config.dtype).itemsize

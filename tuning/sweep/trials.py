@@ -15,7 +15,6 @@ import dataclasses
 import datetime
 import json
 import math
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -238,7 +237,7 @@ def load(directory: Path) -> Trials | None:
 
 def flags(point: Point) -> str:
     """A point as flags of `tuning train`."""
-    return " ".join(shlex.quote(f"--config.{key}={tuple(value) if isinstance(value, list) else value}") for key, value in point.items())
+    return " ".join(configs.flags(point))
 
 
 def suggested(trial: optuna.Trial, name: str, domain: Domain) -> Any:

@@ -28,12 +28,17 @@ def layout(
     def leaf(name, shape, names):
         kept = jax.ShapeDtypeStruct(shape.shape, jnp.dtype(dtype_of(name)))
         if (chosen := storage(name)) is not None:
-            kept = jax.eval_shape(chosen.quantise, kept)
+            kept = _stored(chosen, kept)
             names = quantised.axes(kept, names)
         place = lambda x, names: NamedSharding(where, mesh.spec(x.shape, names, where))  # noqa: E731
         return jax.tree.map(lambda x, names: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x, names)), kept, names)
 
     return tree.map_named(leaf, abstract, axes)
+
+
+@functools.cache  # a plan lays one network out on many meshes
+def _stored(storage: Storage, kernel: jax.ShapeDtypeStruct) -> Any:
+    return jax.eval_shape(storage.quantise, kernel)
 
 
 def fresh(init: Callable[[jax.Array], Tree], wanted: Tree, seed: int) -> Tree:
