@@ -150,12 +150,9 @@ def sharded(config: Any, sizes: dict[str, int]) -> Any:
 def _cast(parts: build.Parts) -> int:
     """What learns in layers, in the dtype of the computation: compilers cast whole stacks before the loop over layers."""
     m = parts.model
-    learns = {n: x for n, x in tree.flatten(m.layout).items() if m.tuned(n) and stack.layer_range(n)}
-    return sum(
-        on_device(x) * jnp.dtype(m.source.config.dtype).itemsize // x.dtype.itemsize
-        for x in learns.values()
-        if x.dtype != m.source.config.dtype
-    )
+    dtype = jnp.dtype(m.source.config.dtype)
+    learns = [x for n, x in tree.flatten(m.layout).items() if m.tuned(n) and stack.layer_range(n) and x.dtype != dtype]
+    return sum(on_device(x) * dtype.itemsize // x.dtype.itemsize for x in learns)
 
 
 def _turned(parts: build.Parts) -> int:

@@ -36,7 +36,7 @@ def report(
     per_token, tokens = cost.flops_per_token(parts), parts.settings.batch_size * parts.train.length
     timed = _timed(parts, topology, per_token * tokens, tokens, prices, measured)
     room = topology.memory_bytes
-    needs = used.total if compiled is None else compiled.peak_bytes if isinstance(compiled, Compiled) else None
+    needs = used.total if compiled is None else compiled.hbm_bytes if isinstance(compiled, Compiled) else None
     fits = None if room is None else isinstance(compiled, Refused) is False and needs is not None and needs <= (1 - SPARE) * room
     return {
         "parameters": parameters(parts),
@@ -69,8 +69,8 @@ def said(compiled: Compiled | Refused) -> dict[str, Any]:
     """What the compiler says, as plain values."""
     if isinstance(compiled, Refused):
         return {"refused": compiled.message, "needed_bytes": compiled.needed_bytes, "available_bytes": compiled.available_bytes,
-                "peak_bytes": None, "seconds": compiled.seconds, "collectives": None}  # fmt: skip
-    names = ("peak_bytes", "argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "seconds", "collectives")
+                "peak_bytes": None, "hbm_bytes": None, "seconds": compiled.seconds, "collectives": None}  # fmt: skip
+    names = ("peak_bytes", "hbm_bytes", "argument_bytes", "output_bytes", "alias_bytes", "temporary_bytes", "seconds", "collectives")
     largest = [{"bytes": size, "type": kind, "source": source} for size, kind, source in compiled.largest]
     return {**{name: getattr(compiled, name) for name in names}, "largest": largest}
 
@@ -101,7 +101,7 @@ def verdict(plan: dict[str, Any]) -> str:
     if compiled and compiled.get("refused"):
         needs = f"needs {gib(compiled['needed_bytes'])} for temporaries" if compiled["needed_bytes"] else "found no room"
         return f"DOES NOT FIT: the compiler {needs}, and a device of {name} has {gib(room)}."
-    needs, by = (compiled["peak_bytes"], "compiled") if compiled else (plan["bytes_per_device"]["total"], "estimated")
+    needs, by = (compiled["hbm_bytes"], "compiled") if compiled else (plan["bytes_per_device"]["total"], "estimated")
     if plan["fits"]:
         return f"FITS with {plan['spare']:.0%} to spare: {gib(needs)} ({by}) of {gib(room)} on each device."
     short = "leaves" if needs <= room else "is beyond"
