@@ -91,10 +91,8 @@ def made(config: Any, where: Topology, args: argparse.Namespace) -> dict[str, An
     if args.compile == "memory" and not where.tpu:
         raise ValueError(f"--compile=memory is for TPUs, and the plan is for {where.name}. Use --compile.")
     parts = build.parts(config, sketch=where.targets() if args.compile == "whole" else where.absent)
-    if args.compile == "memory":
-        compiled = assigned.assigned(config, where)
-    else:
-        compiled = compile.compile(parts) if args.compile else None
+    makers = {"memory": lambda: assigned.assigned(config, where), "whole": lambda: compile.compile(parts)}
+    compiled = makers[args.compile]() if args.compile else None
     if args.save and isinstance(compiled, compile.Compiled):
         stored.save(Path(args.save), parts, compiled)
     prices, measured = (Path(text) if text else None for text in (args.prices, args.measured))

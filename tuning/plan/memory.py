@@ -27,6 +27,7 @@ from tuning.nn.quantised import Quantised
 from tuning.plan import liveness
 from tuning.training import state
 
+AHEAD = 0.85  # of what the other layers of a turn gather, that is there too
 SPLIT = {
     "tensor": ("heads", "kv_heads", "hidden", "expert_hidden", "vocab_size"),
     "expert": ("experts",),
@@ -76,7 +77,7 @@ def estimate(parts: build.Parts) -> Memory:
     peak = temporaries(parts)
     copies = 2 if settings.accumulate > 1 else 1
     activations, logits = min(peak.kept, peak.bytes), min(_logits(parts), peak.bytes)
-    rest = max(0, peak.bytes - gradients - activations - logits) + _cast(parts) + _turned(parts)
+    rest = max(0, peak.bytes - gradients - activations - logits) + _cast(parts) + _turned(parts) + _ahead(parts)
     return Memory(
         on_device(start.frozen), gradients, copies * gradients, on_device(start.optimizer), activations, logits,
         on_device(loader.abstract(parts.train, settings.batch_size, m.mesh)), _cache(parts), rest,
@@ -96,7 +97,19 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
     traced, names = _traced(parts)
     gathers = m.mesh.shape["fsdp"] > 1
     held = lambda i: 1.0 if gathers and i < len(names) and stack.layer_range(names[i]) is None else 0.0  # noqa: E731
-    return liveness.peak(traced, held, lambda i, size: results[i] if i < len(results) else size, 1.0 if gathers else 0.0)
+    habits = liveness.Habits(1.0 if gathers else 0.0, _grown(parts))
+    return liveness.peak(traced, habits, held, lambda i, size: results[i] if i < len(results) else size)
+
+
+def _grown(parts: build.Parts) -> dict[int, float]:
+    """Where experts are split, every device gathers the rows of all, and has a place for each of their choices (see nn/moe.py): how many
+    times as many as in the part of the network that is traced."""
+    config, split = parts.model.source.config, parts.model.mesh.shape["expert"]
+    if split == 1 or not getattr(config, "experts", 0) or config.experts % split:
+        return {}
+    own = sharded(config, dict(parts.model.mesh.shape)).per_token
+    rows = parts.settings.batch_size // parts.settings.accumulate // meshes.row_count(parts.model.mesh)
+    return {rows * parts.train.length * own: split * config.per_token / own}
 
 
 def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
@@ -141,7 +154,9 @@ def sharded(config: Any, sizes: dict[str, int]) -> Any:
     if "kv_heads" in changed and changed["heads"] % changed["kv_heads"]:
         changed["kv_heads"] = changed["heads"]
     if "per_token" in fields and changed.get("experts"):
-        changed["per_token"] = min(config.per_token, changed["experts"])
+        # Two choices of a token at least: their rows are told from the tokens' by their number.
+        changed["experts"] = max(changed["experts"], min(2, config.experts))
+        changed["per_token"] = min(max(config.per_token, 2), changed["experts"])
     if "scale" in fields:
         changed["scale"] = config.scale or config.head_dim**-0.5
     return dataclasses.replace(config, **changed)
@@ -159,6 +174,17 @@ def _turned(parts: build.Parts) -> int:
     """Codes that are split along the inputs, a second time: before the loop, compilers turn the stack so that a layer can be gathered."""
     kept = [x for x in tree.flatten(parts.model.layout).values() if isinstance(x, Quantised)]
     return sum(on_device(x.codes) for x in kept if x.codes.sharding.spec[len(x.codes.shape) - 3])
+
+
+def _ahead(parts: build.Parts) -> int:
+    """Weights that are gathered before their turn: where one turn of the loop is several layers, nearly all of them were seen at a time."""
+    m = parts.model
+    spans = {n: (x, span) for n, x in tree.flatten(m.layout).items() if (span := stack.layer_range(n)) and span.step > 1}
+    if not spans or m.mesh.shape["fsdp"] == 1:
+        return 0
+    dtype, tensor = jnp.dtype(m.source.config.dtype), m.mesh.shape["tensor"]
+    one_turn = sum(math.prod(x.shape) // len(span) for x, span in spans.values()) * dtype.itemsize // tensor
+    return int(AHEAD * one_turn * (1 - 1 / max(span.step for _, span in spans.values())))
 
 
 def _logits(parts: build.Parts) -> int:
