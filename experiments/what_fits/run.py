@@ -6,14 +6,15 @@ python -m experiments.what_fits.run
 from __future__ import annotations
 
 import os
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed, whatever devices are here
 
-from configs import llama70b  # noqa: E402
-from tuning.core import tree  # noqa: E402
-from tuning.nn.stack import layer_range  # noqa: E402
-from tuning.plan import search, topology  # noqa: E402
-from tuning.plan.variants import Variants, label, room  # noqa: E402
+from configs import llama70b
+from tuning.core import tree
+from tuning.nn.stack import layer_range
+from tuning.plan import search, topology
+from tuning.plan.variants import Variants, label, room
 
 CARDS = (
     "rtx4090:1", "rtx4090:2", "rtx4090:4", "rtx4090:8", "l40s:1", "l40s:2", "a100-40:1", "a100-40:2", "a100-40:4", "a100-80:1", "a100-80:2",
@@ -27,12 +28,16 @@ GIB = 2**30
 def main() -> None:
     for bits in BITS:
         print(f"\n{bits or 'bfloat16'}:\n\n| devices | GiB to fill | weights on each | needs | layout |\n|---|---:|---:|---:|---|")
-        config = llama70b.get_config("qlora,h200:1")
-        config.model.quantise = bits
-        run = Variants(config)
+        run = Variants(config(bits))
         for name in CARDS:
             print(row(run, topology.parse(name)), flush=True)
     offloaded()
+
+
+def config(bits: str) -> dict[str, Any]:
+    """LoRA over a base that is kept in these bits."""
+    made = llama70b.get_config("qlora,h200:1").to_dict()
+    return {**made, "model": {**made["model"], "quantise": bits}}
 
 
 def row(run: Variants, where: topology.Topology) -> str:
@@ -52,8 +57,8 @@ def offloaded() -> None:
     print("|---|---:|---:|---:|---:|")
     where = topology.parse("h200:1")
     for bits in BITS:
-        run = Variants(llama70b.get_config("qlora,h200:1"))
-        parts = run.parts({"model.quantise": bits}, where)
+        run = Variants(config(bits))
+        parts = run.parts({}, where)
         stack = {name: leaf for name, leaf in tree.flatten(parts.model.layout).items() if layer_range(name) and not parts.model.tuned(name)}
         held, kept = sum(map(tree.nbytes, stack.values())), run.least(parts)
         learns = kept.masters + kept.optimizer

@@ -78,7 +78,7 @@ class Variants:
         return counts[bisect.bisect_left(counts, True, 1, len(counts) - 1, key=fits)] if possible else None
 
     def changed(self, changes: Mapping[str, Any]) -> Changes:
-        """Those of the changes that the config does not say already; another name empties its section, so what goes with it is said again."""
+        """Those that the config does not say already. Another name empties its section, so what goes with it is said again."""
         same = lambda key, value: configs.plain(configs.dig(self.config, key)) == configs.plain(value)  # noqa: E731
         emptied = tuple(key.removesuffix("name") for key, value in changes.items() if key.endswith(".name") and not same(key, value))
         return {key: value for key, value in changes.items() if key.startswith(emptied) or not same(key, value)}
