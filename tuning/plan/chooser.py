@@ -69,7 +69,7 @@ def choose(
     train, length = run.config["train"], run.config["data"]["train"]["length"]
     rows = examples if tokens is None else math.ceil(tokens / length)
     steps = train["steps"] if rows is None else max(1, math.ceil(rows / train["batch_size"]))
-    return [_row(run, where, name, changes, steps, prices) for name, changes in listed(run)]
+    return [row(run, where, name, changes, steps, prices) for name, changes in listed(run)]
 
 
 def listed(run: Variants) -> list[tuple[str, Changes]]:
@@ -86,7 +86,7 @@ def listed(run: Variants) -> list[tuple[str, Changes]]:
     return found
 
 
-def _row(run: Variants, where: Topology, name: str, changes: Changes, steps: int, prices: Prices | None) -> Row:
+def row(run: Variants, where: Topology, name: str, changes: Changes, steps: int, prices: Prices | None) -> Row:
     try:
         own = {**changes, "model.remat": "full"}
         small = {**own, **_smallest(run, own, where)}

@@ -21,7 +21,7 @@ from tuning.core import config as configs
 from tuning.core import mesh as meshes
 from tuning.core.chips import Chip
 from tuning.nn.stack import REMAT
-from tuning.plan import cost, memory, topology
+from tuning.plan import cost, topology
 from tuning.plan import variants as variant
 from tuning.plan.memory import Memory
 from tuning.plan.speed import Estimate, Prices
@@ -152,11 +152,8 @@ def candidates(
             heapq.heappush(queue, (rank, turn, microbatches, changes))
             continue
         parts = run.parts(changes, where)
-        if (used := memory.estimate(parts)).total > variant.room(where):  # those of its like were traced with other shards
-            failed.append(Refusal(rank, changes, used))
-            continue
         yield Candidate(
-            where.name, run.changed(changes), used, variant.room(where), cost.flops_per_token(parts), rank[0], rank[2],
+            where.name, run.changed(changes), run.memory(parts), variant.room(where), cost.flops_per_token(parts), rank[0], rank[2],
             variant.timed(parts, where, prices), altered_results(run, changes), explained(run, where, changes, rank, failed),
         )  # fmt: skip
 

@@ -78,8 +78,10 @@ class Variants:
         return counts[bisect.bisect_left(counts, True, 1, len(counts) - 1, key=fits)] if possible else None
 
     def changed(self, changes: Mapping[str, Any]) -> Changes:
-        """Those of the changes that are not in the config already."""
-        return {key: value for key, value in changes.items() if configs.plain(configs.dig(self.config, key)) != configs.plain(value)}
+        """Those that the config does not say already. Another name empties its section, so what goes with it is said again."""
+        same = lambda key, value: configs.plain(configs.dig(self.config, key)) == configs.plain(value)  # noqa: E731
+        emptied = tuple(key.removesuffix("name") for key, value in changes.items() if key.endswith(".name") and not same(key, value))
+        return {key: value for key, value in changes.items() if key.startswith(emptied) or not same(key, value)}
 
     def optimizer(self, name: str) -> Changes:
         """Changes to another optimizer with the same schedule, and the same rate where its steps are of the same size."""
@@ -91,11 +93,16 @@ class Variants:
         return {f"optimizer.{key}": value for key, value in configs.flat({"name": name, **kept, "schedule": now["schedule"]}).items()}
 
     def _known(self, parts: build.Parts) -> dict[int, Memory]:
-        """What was traced of the same work, by rows that a device has at a time."""
-        sizes = dict(parts.model.mesh.shape)
+        """What was traced of the same work, by rows that a device has at a time.
+
+        Into how many pieces fsdp splits the weights does not matter once each layer gathers them, unless they have gradients.
+        """
+        m = parts.model
+        sizes = dict(m.mesh.shape)
+        pieces = sizes["fsdp"] if build.base_leaves(m) else min(sizes["fsdp"], 2)
         shared = {key: parts.config[key] for key in ("model", "method", "objective", "data")}
-        where = meshes.device(parts.model.mesh).device_kind
-        return self._traced.setdefault(repr((configs.plain(shared), where, sizes["tensor"], sizes["expert"], sizes["fsdp"] > 1)), {})
+        work = configs.plain(shared), meshes.device(m.mesh).device_kind, sizes["tensor"], sizes["expert"], pieces
+        return self._traced.setdefault(repr(work), {})
 
 
 def _rows(parts: build.Parts) -> int:
