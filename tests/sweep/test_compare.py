@@ -169,6 +169,12 @@ def test_what_a_run_cost_is_counted_from_its_lines(root):
     assert "240 steps, 24,000 tokens, 192 seconds" in tables.notes(compared(root))[1]
 
 
+def test_of_a_program_that_several_runs_share_each_costs_its_share(tmp_path):
+    lines = [line | {"time/runs_sharing": 4} for line in fake_runs.lines([3.0, 2.5, 1.0])]
+    (run,), _ = runs.find([fake_runs.write(tmp_path / "a", fake_runs.config(LORA, 0), lines)])
+    assert runs.cost(run) == runs.Cost(20, 2000.0, 4.0, 3.0, None)
+
+
 def test_a_sweep_tells_of_runs_that_failed_or_never_began(root):
     (root / "sweep").mkdir()
     (root / "sweep" / "sweep.json").write_text("{}")

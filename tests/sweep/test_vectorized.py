@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import signal
+import time
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,9 @@ DIFFERENT = [
     ),
     dict(seed=2**40 + 3, method__rank=4, method__alpha=8.0, optimizer__learning_rate=1e-3, optimizer__weight_decay=0.2),
 ]  # fmt: skip
+
+
+PAUSE = 0.05  # seconds that a step and an evaluation of a group take at least
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -81,9 +85,11 @@ def together(home, tmp_path_factory):
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, seconds, **_: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
-    original, tick = many.compiled, loop.Clock.tick
+    original, judge, tick = many.compiled, vectorized._judge, loop.Clock.tick
+    slow = lambda run: lambda *given: (time.sleep(PAUSE), run(*given))[1]  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(many, "compiled", lambda *args: seen.programs.append(original(*args)) or seen.programs[-1])
+        patch.setattr(many, "compiled", lambda *args: slow(seen.programs.append(original(*args)) or seen.programs[-1]))
+        patch.setattr(vectorized, "_judge", lambda *args: slow(judge(*args)))
         patch.setattr(loop.Clock, "tick", lambda self, at, means: (seen.counts.append(len(compiled)), tick(self, at, means)))
         seen.paths.extend(path / str(k) for k in range(3))
         seen.finals.extend(train_many(different(home), seen.paths))
@@ -98,6 +104,14 @@ def test_runs_in_one_program_are_the_runs_that_they_are_alone(alone, together):
         assert names(one) == names(other) and names(one / "checkpoints") == names(other / "checkpoints")
         assert json.loads((one / "config.json").read_text()) == json.loads((other / "config.json").read_text())
         assert tree.difference(*(tuning.load(path).params for path in (one, other))) == ""  # of its own rank
+
+
+def test_what_the_first_has_made_for_all_takes_each_its_time(together):
+    lines = [line for path in together.paths for line in writer.read(path / "metrics.jsonl")]
+    for name, count in (("time/seconds_per_step", 6), ("time/eval_seconds", 3)):
+        found = [line[name] for line in lines if name in line]
+        assert len(found) == 3 * count and min(found) >= PAUSE
+    assert {line["time/runs_sharing"] for line in lines} == {3}
 
 
 def test_so_are_they_on_eight_devices(home, alone, tmp_path, monkeypatch):

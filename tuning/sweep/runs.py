@@ -54,7 +54,7 @@ class Cost:
     """What a run took, or several on average.
 
     steps, tokens  made and read; what was lost in a kill and made again counts once
-    seconds        of steps and evaluations, without start-up, compilation and saving
+    seconds        of steps and evaluations, without start-up, compilation and saving; the run's share where several are one program
     gib            peak of the device or, where the device does not tell, of the whole process
     params         that learn; None where the run does not say
     """
@@ -69,10 +69,11 @@ class Cost:
 def cost(run: Run) -> Cost:
     steps, tokens, seconds, gib = 0.0, 0.0, 0.0, 0.0
     for line in run.lines:
+        sharing = line.get("time/runs_sharing", 1)
         if "time/seconds_per_step" in line:
             spent = (line["step"] - steps) * line["time/seconds_per_step"]
-            tokens, seconds, steps = tokens + spent * line.get("time/tokens_per_second", 0.0), seconds + spent, line["step"]
-        seconds += line.get("time/eval_seconds", 0.0)
+            tokens, seconds, steps = tokens + spent * line.get("time/tokens_per_second", 0.0), seconds + spent / sharing, line["step"]
+        seconds += line.get("time/eval_seconds", 0.0) / sharing
         gib = max(gib, line.get("memory/device_peak_gib", line.get("memory/host_peak_gib", 0.0)))
     texts = run.path / writer.TEXTS
     said = re.search(r"trainable params: ([\d,]+)", texts.read_text(encoding="utf-8", errors="replace")) if texts.exists() else None

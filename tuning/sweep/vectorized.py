@@ -197,7 +197,10 @@ def _train(runs: Sequence[api.Opened], argv: Sequence[str], hears: Sequence[api.
         group = many.Group(stepping, start, batches, [api.own_layout(p) for p in parts], judge)
         writers = [run.writer(at, meta, text) for run, meta, text in zip(runs, metas, said, strict=True)]
         jobs = [
-            run.job(group.step, many.Turns(run.data), judge and group.evaluate, writer, Voice(display, run.path.name), hear)
+            dataclasses.replace(
+                run.job(group.step, many.Turns(run.data), judge and group.evaluate, writer, Voice(display, run.path.name), hear),
+                sharing=len(runs),
+            )
             for run, writer, hear in zip(runs, writers, hears, strict=True)
         ]
         outcomes: list[Outcome] = []

@@ -99,6 +99,7 @@ class Job:
     sample          state -> text for TensorBoard, or None
     on_eval         hears of each evaluation once it is saved: the step, and every measure as it was last; it may end the run by raising
     flops_per_token, peak_flops   of the model and of all devices together; without a known peak no MFU is reported
+    sharing         runs that share the program: a line's times are those of all of them, and it says how many they are
     """
 
     step: Callable[[TrainState, Batch], tuple[TrainState, Means]]
@@ -115,6 +116,11 @@ class Job:
     on_eval: Callable[[int, dict[str, float]], None] | None = None
     flops_per_token: float = 0.0
     peak_flops: float | None = None
+    sharing: int = 1
+
+    @property
+    def shared(self) -> dict[str, float]:
+        return {"time/runs_sharing": self.sharing} if self.sharing > 1 else {}
 
 
 def run(job: Job, state: TrainState, memory: dict[str, Any] | None = None) -> tuple[TrainState, dict[str, float]]:
@@ -136,14 +142,18 @@ def run(job: Job, state: TrainState, memory: dict[str, Any] | None = None) -> tu
 def steps(
     job: Job, state: TrainState, memory: dict[str, Any] | None, stops: Callable[[int], int | None]
 ) -> Generator[None, None, tuple[TrainState, dict[str, float]]]:
-    """`run` as a generator, so that several runs can go on in turns: it pauses before each step, and once what was measured in the step is
-    written. `stops` is as the guard has it."""
+    """`run` as a generator, so that several runs can go on in turns. `stops` is as the guard has it.
+
+    It pauses wherever a time begins or ends: what the first of several runs has made for all of them takes each the same time.
+    """
     memory = {"best": None, "worse": 0, "before": {}, **(memory or {})}
     first, last = int(state.step), job.train.steps
     final: dict[str, float] = {}
     clock = Clock(job, first)
     if first == 0:
-        final |= _evaluate(job, state, 0, memory)
+        began = time.monotonic()
+        yield
+        final |= _evaluate(job, state, 0, memory, began)
         _tell(job, 0, final)
     elif first >= last and job.evaluate:
         job.display.say(f"All {last} steps are made; raise train.steps to go on.")
@@ -154,6 +164,7 @@ def steps(
         for step in range(first + 1, last + 1):
             yield
             clock.skip()
+            yield
             state, means = job.step(state, next(batches))
             clock.tick(step, means)
             job.display.advance(step)
@@ -164,10 +175,12 @@ def steps(
                 job.writer.write(step, values)
                 job.display.note(step, values)
                 final |= values
+            began = time.monotonic()
             yield
             if evaluates and job.evaluate:
                 clock.check()
-                final |= _evaluate(job, state, step, memory)
+                final |= _evaluate(job, state, step, memory, began)
+            yield
             early = bool(job.eval.patience and memory["worse"] >= job.eval.patience)
             signum = stops(step)
             if saves or early or signum:
@@ -185,13 +198,16 @@ def steps(
                 )
                 break
     job.checkpoints.wait()
-    if memory["best"] is not None:
-        final["best/eval/loss"] = memory["best"]
+    return state, {"step": step, **final, **_looked_back(job, final, memory)}
+
+
+def _looked_back(job: Job, final: dict[str, float], memory: dict[str, Any]) -> dict[str, float]:
+    """The best loss and those before the first step, said beside the final ones."""
     for name, before in memory["before"].items():
-        final[f"before/{name}"] = before
         if name.endswith("/loss"):
             job.display.say(f"{name.replace('/', ' ')} {before:.4f} before, {final[name]:.4f} after")
-    return state, {"step": step, **final}
+    best = {} if memory["best"] is None else {"best/eval/loss": memory["best"]}
+    return best | {f"before/{name}": before for name, before in memory["before"].items()}
 
 
 def _tell(job: Job, step: int, measures: dict[str, float]) -> None:
@@ -199,16 +215,16 @@ def _tell(job: Job, step: int, measures: dict[str, float]) -> None:
         job.on_eval(step, dict(measures))
 
 
-def _evaluate(job: Job, state: TrainState, step: int, memory: dict[str, Any]) -> dict[str, float]:
+def _evaluate(job: Job, state: TrainState, step: int, memory: dict[str, Any], began: float) -> dict[str, float]:
+    """The measures, written with the seconds since `began`."""
     if job.evaluate is None:
         return {}
-    began = time.monotonic()
     values = job.evaluate(state)
     if step == 0:
         memory["before"] = {name: x for name, x in values.items() if name.endswith(("/loss", "/nll")) and math.isfinite(x)}
     better = math.isfinite(values["eval/loss"]) and (memory["best"] is None or values["eval/loss"] < memory["best"])
     memory.update(best=values["eval/loss"] if better else memory["best"], worse=0 if better else memory["worse"] + 1)
-    job.writer.write(step, values | {"time/eval_seconds": time.monotonic() - began})
+    job.writer.write(step, values | {"time/eval_seconds": time.monotonic() - began} | job.shared)
     if job.sample:
         job.writer.text(step, "samples", job.sample(state))
     shown = f"eval loss {values['eval/loss']:.4f}, perplexity {values['eval/perplexity']:.2f}, accuracy {values['eval/accuracy']:.1%}"
@@ -258,6 +274,7 @@ class Clock:
         values["time/seconds_per_step"] = seconds
         values["time/tokens_per_second"] = tokens / seconds
         values["time/seconds_left"] = seconds * (job.train.steps - self._step)
+        values |= job.shared
         if job.peak_flops:
             values["time/mfu"] = job.flops_per_token * tokens / seconds / job.peak_flops
         stats = jax.local_devices()[0].memory_stats() or {}
