@@ -328,3 +328,25 @@ def test_in_bfloat16_tokens_choose_as_in_float32():
     assert y.dtype == jnp.bfloat16
     close(sums, expected_sums, 1e-6)
     assert np.linalg.norm(np.asarray(y, np.float32) - expected) < 2**-7 * np.linalg.norm(expected)
+
+
+def test_no_device_keeps_the_gathered_kernels_of_all_layers():
+    """Without any rematerialisation too: a stack of whole kernels would be the model on every device."""
+    layers, width, hidden = 3, 64, 96
+    graph, state = nnx.eval_shape(lambda: nnx.split(make(width, hidden)))
+    where = mesh.mesh(data=1, fsdp=8)
+    place = lambda shape, axes: NamedSharding(where, PartitionSpec(None, *mesh.spec(shape, axes, where)))  # noqa: E731
+    stacked = {
+        name: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype, sharding=place(x.shape, AXES[name]))
+        for name, x in tree.flatten(nnx.to_pure_dict(state)).items()
+    }
+    x = jax.ShapeDtypeStruct((8, T, width), jnp.float32, sharding=mesh.rows(where))
+
+    def loss(x, weights):
+        layer = lambda x, leaves: (x + nnx.merge(graph, tree.unflatten(leaves))(x, jnp.ones(x.shape[:2], bool), None)[0], None)  # noqa: E731
+        return jnp.square(jax.lax.scan(layer, x, weights)[0]).sum()
+
+    with jax.set_mesh(where):
+        text = jax.jit(jax.grad(loss)).lower(x, stacked).compile().as_text()
+    assert f"f32[{E},{width},{hidden}]" in text  # one layer's, where it is used
+    assert f"f32[{layers},{E},{width},{hidden}]" not in text and f"f32[{layers},{E},{hidden},{width}]" not in text

@@ -44,6 +44,12 @@ def main(argv: list[str]) -> int:
     p.add_argument("--save", metavar="FILE", help="keep the compiled step, for tuning train --compiled=FILE")
     p.add_argument("--prices", metavar="FILE", help="a table of prices as JSON")
     p.add_argument("--measured", metavar="RUN", help="a run on such devices, whose utilisation counts")
+    p.add_argument("--search", nargs="?", const="fastest", choices=("fastest", "smallest", "cheapest"),
+                   help="the fastest plan that fits (default), the smallest slice or host of that kind, or the cheapest")  # fmt: skip
+    p.add_argument("--storage", default="", metavar="KIND,...", help="search over kernels kept as nf4 or int8 too: results change a little")
+    p.add_argument("--optimizer", default="", metavar="NAME,...", help="also search over these optimizers, which changes results")
+    p.add_argument("--methods", action="store_true", help="what can be tuned there: a table of all methods")
+    p.add_argument("--tokens", type=int, metavar="N", help="with --methods, of the data that is gone through once")
     p.add_argument("--json", action="store_true", help="the plan as one JSON object")
     if "-h" in argv or "--help" in argv:
         p.parse_args(argv)
@@ -59,11 +65,15 @@ def main(argv: list[str]) -> int:
 
     where = begin(args.topology)
     config = flags.merge(flags.read(path), overrides)
+    if args.search or args.methods:
+        return choices(config, where, args)
     plan = made(config, where, args)
     if args.json:
         print(json.dumps(plan, indent=2))
-    else:
-        show(plan, topology.described(where))
+        return 0 if plan["fits"] is not False else 1
+    show(plan, topology.described(where))
+    if plan["fits"] is False:
+        advise(config, where)
     return 0 if plan["fits"] is not False else 1
 
 
@@ -99,6 +109,63 @@ def made(config: Any, where: Topology, args: argparse.Namespace) -> dict[str, An
     return report.report(parts, where, prices=prices, measured=measured, compiled=compiled)
 
 
+def choices(config: Any, where: Topology, args: argparse.Namespace) -> int:
+    """Prints what a search found, or the table of methods; 1 if nothing fits."""
+    import dataclasses
+
+    from tuning.plan import chooser, search, speed
+    from tuning.training.progress import console
+
+    prices = speed.read_prices(Path(args.prices)) if args.prices else None
+    if args.methods:
+        rows = chooser.choose(config, where, tokens=args.tokens, prices=prices)
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2)) if args.json else console.print(methods(rows, where.name))
+        return 0 if any(row.fits for row in rows) else 1
+    listed = lambda text: tuple(filter(None, text.split(",")))  # noqa: E731
+    found = search.search(config, where, args.search, storages=listed(args.storage), optimizers=listed(args.optimizer), prices=prices)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return 0 if found.candidates else 1
+    for number, one in enumerate(found.candidates, 1):
+        console.print(f"{number}. {one.topology}: {one.memory.total / 2**30:.2f} GiB of each device. {one.why}", markup=False)
+        console.print(f"   {' '.join(one.flags)}", markup=False)
+        for change in one.alters:
+            console.print(f"   {change}", markup=False)
+    for name, why in found.refused.items():
+        console.print(f"{name}: {why}", markup=False)
+    return 0 if found.candidates else 1
+
+
+def methods(rows: Any, name: str) -> Table:
+    """What can be tuned on a topology."""
+    from rich.table import Table
+
+    table = Table(f"on {name}", "fits", "trainable", "GiB of a device", "FLOPs of full", "checkpoint, MiB", "hours", "why not")
+    for row in rows:
+        if row.memory is None:
+            table.add_row(row.name, *[""] * 6, row.reason)
+            continue
+        hours = row.times.hours if row.times else None
+        table.add_row(
+            row.name, "yes" if row.fits else "no", f"{row.trainable:,}", f"{row.memory.total / 2**30:,.2f}", f"{row.relative_flops:.0%}",
+            f"{row.checkpoint_bytes / 2**20:,.0f}", "?" if hours is None else f"{hours:,.2f}", row.reason,
+        )  # fmt: skip
+    return table
+
+
+def advise(config: Any, where: Topology) -> None:
+    """Prints what would make the run fit, the cheapest change first."""
+    from tuning.plan import remedies
+    from tuning.training.progress import console
+
+    advice = remedies.remedies(config, where)
+    for one in advice.found:
+        console.print(f"It would fit with {one}", markup=False)
+        console.print(f"   {' '.join(one.flags)}", markup=False)
+    if advice.otherwise:
+        console.print(advice.otherwise, markup=False)
+
+
 def show(plan: dict[str, Any], device: str) -> None:
     """Prints the plan as tables, its verdict last."""
     from tuning.plan import report
@@ -111,11 +178,10 @@ def show(plan: dict[str, Any], device: str) -> None:
     console.print(f"FLOPs per token: {plan['flops_per_token'] / 1e9:,.2f} G (causal attention; what is computed again is not counted)")
     console.print(memory(plan))
     units = {"seconds_per_step": "s per step", "tokens_per_second": "tokens/s", "hours": "hours", "kilowatt_hours": "kWh"}
-    for name, unit in units.items():
-        value = plan[name]
-        console.print(f"{unit}: {'unknown' if value is None else f'{value:,.4g}'} ({sources[name]})", markup=False)
-    money = "unknown" if plan["cost"] is None else f"{plan['cost']:,.2f} {plan['currency']}"
-    console.print(f"cost: {money} ({sources['cost']})", markup=False)
+    units["cost"] = plan["currency"] or "cost"
+    for source in dict.fromkeys(sources[name] for name in units):  # figures that stand on the same, or are unknown for the same reason
+        told = [f"{unit} {'unknown' if plan[n] is None else f'{plan[n]:,.4g}'}" for n, unit in units.items() if sources[n] == source]
+        console.print(f"{', '.join(told)}: {source}", markup=False)
     if plan["compiled"] and plan["compiled"]["collectives"] is not None:
         console.print(f"compiled in {plan['compiled']['seconds']:.0f} s")
         for table in programs(plan["compiled"]):

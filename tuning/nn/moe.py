@@ -95,6 +95,8 @@ def spread(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD) -> 
             leaf = jax.lax.all_gather(leaf, fsdp, axis=axis, tiled=True)
         return leaf
 
+    # Whole kernels of a layer are gathered again in the backward pass: kept, those of all layers would lie on every device.
+    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather", prevent_cse=False)
     def local(x_BTD, logits_BTE, real_BT, gate, up, down):
         gate, up, down = (jax.tree.map(gathered, *pair) for pair in zip((gate, up, down), places, strict=True))
         y_BTD, sums = route(settings, x_BTD, logits_BTE, real_BT, gate, up, down, axis=expert, gathers=gathers)
