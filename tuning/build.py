@@ -132,6 +132,10 @@ def is_new(source: Source, name: str) -> bool:
 
 def model(source: Source, method: Method, where: Mesh, masters: str = "float32") -> Model:
     """`masters` is the dtype of the leaves that learn; all others have that of the computation."""
+    if where.shape["context"] > 1 and not attention(source, method, where)[0]:
+        raise ValueError(
+            f"mesh.context={where.shape['context']} splits sequences, and a recurrent network reads one token after another. Set it to 1."
+        )
     network = _network(source, method, where, method.sites)
     tuned = functools.partial(learns, source, method)
     shapes = {name: leaf.shape for name, leaf in tree.flatten(network.abstract).items()}
@@ -145,6 +149,7 @@ def model(source: Source, method: Method, where: Mesh, masters: str = "float32")
 
 def attention(source: Source, method: Method, where: Mesh, length: int | None = None) -> tuple[str, str]:
     """(the form of attention on a mesh, in sequences of a length, why it is not the one that was asked for)."""
+    length = length and length // where.shape["context"]
     return source.config.attention_on(where.devices.flat[0].platform, source.attention, method.sites.offset, length)
 
 
@@ -371,6 +376,9 @@ def _read(c: Config, m: Model) -> tuple[Rows, Mixture | None, Rows | None, Rows 
     mixture = bind("data.replay")(m.reader, bind("data.replay.format")(), train) if there("replay") else None
     held_out, kept = (bind(f"data.{n}")(m.reader, bind(f"data.{n}.format")()) if there(n) else None for n in ("eval", "kept"))
     for name, data in (("data.train", train), ("data.eval", held_out), ("data.kept", kept)):
+        for key, size in (("length", data.length), ("input_length", data.input_length)) if data is not None else ():
+            if size % (parts := m.mesh.shape["context"]):
+                raise ValueError(f"{name}.{key}={size} must be a multiple of mesh.context={parts}, which splits each sequence.")
         if data is not None and data.length > (room := m.source.config.max_length - m.method.sites.offset):
             raise ValueError(f"{name}.length={data.length} is more than the {room} positions that the model was made for.")
     return train, mixture, held_out, kept
