@@ -56,6 +56,7 @@ MISTAKES = {
     "unknown part": (["--config.method.name=lorra"], f"method.name='lorra' is not one of {', '.join(METHODS)}. Did you mean lora?"),
     "wrong type": (["--config.train.steps=many"], "steps"),
     "mesh": (["--config.mesh.data=3"], "needs 24 devices; there are 8"),
+    "sequence": (["--config.mesh.fsdp=2", "--config.mesh.context=4", "--config.data.train.length=30"], "be a multiple of mesh.context=4"),
     "missing file": (["--config.data.train.path=/nowhere/train.jsonl"], "/nowhere/train.jsonl"),
     "missing model": (["--config.model.path=/nowhere/model"], "/nowhere/model"),
     "rank 0": (["--config.method.rank=0"], "rank=0: a rank is at least 1"),

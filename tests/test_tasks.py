@@ -130,6 +130,8 @@ def test_a_recurrent_network_learns_too_and_comes_back(home, tmp_path, cell, met
     c = config(home, "", method, model={**model, "bidirectional": cell == "gru", "classes": ("bad", "good")},
                data=data(home, ".tsv", {"name": "labels"}, columns=("text", "label")), optimizer={"learning_rate": 3e-2})  # fmt: skip
     del c["model"]["path"]
+    with pytest.raises(ValueError, match=r"mesh.context=2 splits sequences, and a recurrent network"):
+        tuning.train({**c, "mesh": {"data": -1, "context": 2}}, tmp_path / "split")
     assert tuning.train(c, tmp_path / "run")["eval/accuracy"] > 0.9
     model = tuning.load(tmp_path / "run")
     again = tuning.load(model.export(tmp_path / "out", merge=True))

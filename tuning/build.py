@@ -128,6 +128,10 @@ def is_new(source: Source, name: str) -> bool:
 
 def model(source: Source, method: Method, where: Mesh, masters: str = "float32", network: Network | None = None) -> Model:
     """`masters` is the dtype of the leaves that learn; all others have that of the computation. `network` is theirs, if it is there."""
+    if where.shape["context"] > 1 and not attention(source, method, where)[0]:
+        raise ValueError(
+            f"mesh.context={where.shape['context']} splits sequences, and a recurrent network reads one token after another. Set it to 1."
+        )
     network = network or _network(source, method, where, method.sites)
     tuned = functools.partial(learns, source, method)
     shapes = {name: leaf.shape for name, leaf in tree.flatten(network.abstract).items()}
@@ -141,6 +145,7 @@ def model(source: Source, method: Method, where: Mesh, masters: str = "float32",
 
 def attention(source: Source, method: Method, where: Mesh, length: int | None = None) -> tuple[str, str]:
     """(the form of attention on a mesh, in sequences of a length, why it is not the one that was asked for)."""
+    length = length and length // where.shape["context"]
     return source.config.attention_on(meshes.device(where).platform, source.attention, method.sites.offset, length)
 
 
@@ -267,6 +272,9 @@ def parts(config: Mapping[str, Any], like: Parts | None = None, sketch: meshes.D
     else:
         read = _read(c, built)
     for name, data in zip(("data.train", "data.eval", "data.kept"), (read[0], *read[2:]), strict=True):
+        for key, size in (("length", data.length), ("input_length", data.input_length)) if data is not None else ():
+            if size % (pieces := where.shape["context"]):
+                raise ValueError(f"{name}.{key}={size} must be a multiple of mesh.context={pieces}, which splits each sequence.")
         if data is not None and data.length > (room := source.config.max_length - built.method.sites.offset):
             raise ValueError(f"{name}.length={data.length} is more than the {room} positions that the model was made for.")
     if source.attention != "auto" and (why := attention(source, built.method, where, read[0].length)[1]):

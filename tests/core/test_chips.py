@@ -46,7 +46,7 @@ def test_a_chip_of_two_devices_has_half_of_the_published_figures_in_each():
     chip = CHIPS["tpu7x"]
     assert chip.devices_per_chip == 2
     assert chip.devices_per_chip * chip.peak_flops == 2307e12
-    assert chip.devices_per_chip * chip.memory_bytes == 192 * GIB
+    assert 0.98 * 192 * GIB < chip.devices_per_chip * chip.memory_bytes < 192 * GIB  # less what the compiler keeps
     assert chip.devices_per_chip * chip.bandwidth == 7.38e12
 
 

@@ -55,8 +55,13 @@ def test_accumulation_gives_the_update_of_the_whole_batch():
 
 @pytest.mark.parametrize("method", SETTINGS)
 @pytest.mark.parametrize(
-    "sizes", [{"data": 2}, {"fsdp": 4}, {"data": 8}, {"fsdp": 8}, {"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
-)
+    "sizes",
+    [
+        {"data": 2}, {"fsdp": 4}, {"data": 8}, {"fsdp": 8}, {"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2},
+        {"context": 4}, {"fsdp": 2, "context": 2, "tensor": 2}, {"dcn": 2, "fsdp": 2, "context": 2},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_every_mesh_gives_the_losses_of_one_device(method, sizes):
     losses, _, _ = run(method, sizes, steps=20)
     expected, _, _ = one_device(method)

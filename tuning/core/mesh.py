@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tuning.core import tree
@@ -31,6 +32,7 @@ AXES = ("dcn", "data", "fsdp", "expert", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dcn", "data", "fsdp", "expert"),  # outside the experts, the expert axis is one more axis of copies
+    "sequence": ("context",),  # the time of activations; whoever looks along it gathers
     "embed": ("fsdp",),  # the width of the residual stream, in parameters
     "vocab": ("tensor",),
     "heads": ("tensor",),
@@ -50,14 +52,12 @@ def mesh(
 ) -> Mesh:
     """All devices as a mesh with the axes AXES; one size may be -1, which takes the devices that are left. `devices` is as `over` has it.
 
-    data: copies of the model. fsdp: parameters and batch split alike (ZeRO-3). expert: routed experts and batch split; a model without
-    experts is copied. tensor: heads, feed-forward and vocabulary split.
+    dcn: copies of the model on slices of TPUs, between which the network is slow. data: copies of the model. fsdp: parameters and batch
+    split alike (ZeRO-3). expert: routed experts and batch split; a model without experts is copied. context: each sequence split; keys and
+    values are gathered. tensor: heads, feed-forward and vocabulary split.
     """
-    sizes = dict(dcn=dcn, data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
-    for axis in ("dcn", "context"):
-        if sizes[axis] != 1:
-            raise ValueError(f"mesh.{axis}={sizes[axis]} is not supported yet: nothing is split over that axis. Set it to 1.")
-    return over(jax.devices() if devices is None else devices, **sizes)
+    here = jax.devices() if devices is None else devices
+    return over(here, dcn=dcn, data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
 
 
 def over(devices: Devices, **sizes: int) -> Mesh:
@@ -82,7 +82,22 @@ def over(devices: Devices, **sizes: int) -> Mesh:
     types = (AxisType.Auto,) * len(AXES)
     if isinstance(devices, Absent):
         return AbstractMesh(tuple(shape.values()), AXES, axis_types=types, abstract_device=devices.like)  # pyright: ignore[reportReturnType]
+    if all(device.platform == "tpu" for device in devices):
+        return Mesh(_placed(devices, shape), AXES, axis_types=types)
     return jax.make_mesh(tuple(shape.values()), AXES, axis_types=types, devices=list(devices))
+
+
+def _placed(devices: Sequence[Any], shape: dict[str, int]) -> np.ndarray:
+    """TPUs in order: neighbours in an axis are near one another, and of several slices the first axis goes over these."""
+    # A device that only says what it would be (for compiling ahead of time) knows of no slice where there is only one.
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(shape.values()), devices, allow_split_physical_axes=True)
+    if shape["dcn"] != slices:
+        raise ValueError(f"mesh.dcn={shape['dcn']}, and the devices are {slices} slices, between which it must split. Set it to {slices}.")
+    inside = (1, *(size for axis, size in shape.items() if axis != "dcn"))
+    outside = (slices,) + (1,) * (len(shape) - 1)
+    return mesh_utils.create_hybrid_device_mesh(inside, outside, devices, allow_split_physical_axes=True)
 
 
 def device(where: Mesh | AbstractMesh) -> Any:
@@ -92,12 +107,17 @@ def device(where: Mesh | AbstractMesh) -> Any:
 
 def spec(shape: Sequence[int], axes: Sequence[str | None], where: Mesh | jax.sharding.AbstractMesh) -> PartitionSpec:
     """How an array with these logical axes is split. KeyError for a logical axis without a rule."""
-    names: list[Any] = []
+    found: list[Any] = []
     for size, axis in zip(shape, axes, strict=True):
         split: list[str] = [a for a in (RULES[axis] if axis else ()) if where.shape[a] > 1]
         divides = size % math.prod(where.shape[a] for a in split) == 0
-        names.append((tuple(split) if len(split) > 1 else split[0]) if split and divides else None)
-    return PartitionSpec(*names)
+        found.append((tuple(split) if len(split) > 1 else split[0]) if split and divides else None)
+    return PartitionSpec(*found)
+
+
+def names(split: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that a spec splits over."""
+    return tuple(axis for part in split for axis in ([part] if isinstance(part, str) else part or ()))
 
 
 def shardings(abstract: Tree, axes: Tree, where: Mesh) -> Tree:
@@ -120,6 +140,12 @@ def row_count(where: Mesh) -> int:
     return math.prod(where.shape[axis] for axis in RULES["batch"])
 
 
+def pieces(size: int, axis: str) -> int:
+    """Into how many pieces the mesh of `jax.set_mesh` splits a logical axis of this size."""
+    here = jax.sharding.get_abstract_mesh()
+    return 1 if here.empty else math.prod(here.shape[name] for name in names(spec((size,), (axis,), here)))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Keep an activation where its logical axes say, on the mesh of `jax.set_mesh`; without a mesh, x itself."""
     here = jax.sharding.get_abstract_mesh()
@@ -138,22 +164,23 @@ def gather(x: jax.Array) -> np.ndarray:
 
 
 def by_rows(function: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
-    """Runs `function(weights, *batch)` -> (sums, rows) on each device's own rows of the batch; sums are added over devices once.
+    """Runs `function(weights, *batch)` -> (sums, rows) on each device's own part of the batch; sums are added over devices once.
 
+    The batch is arrays [B, T, ...], and so are the rows that come out; a part is some of the sequences, or a piece of each.
     Inside, a loop can add up gradients of whole weights without a reduction over devices in every turn.
     """
     here = jax.sharding.get_abstract_mesh()
-    axes = () if here.empty else tuple(axis for axis in RULES["batch"] if here.shape[axis] > 1)
 
     def run(weights, *batch):
-        if not axes or batch[0].shape[0] % math.prod(here.shape[axis] for axis in axes):
+        split = PartitionSpec() if here.empty else spec(batch[0].shape[:2], ("batch", "sequence"), here)
+        axes = names(split)
+        if not axes:
             return function(weights, *batch)
 
         def local(weights, *batch):
             sums, rows = function(weights, *batch)
             return jax.lax.psum(sums, axes), rows
 
-        split = PartitionSpec(axes)
         specs = (PartitionSpec(), *([split] * len(batch)))
         # Unchecked: gradients taken inside stay per device until the one sum above.
         mapped = jax.shard_map(local, in_specs=specs, out_specs=(PartitionSpec(), split), axis_names=set(axes), check_vma=False)

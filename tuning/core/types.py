@@ -32,8 +32,9 @@ class Batch:
     tokens     int32, what the model reads
     targets    int32, what it should say at each position (the token that follows, or a class)
     weights    float32, how much each target counts; 0 where nothing is learned
-    segments   int32, the example a position belongs to, from 1; 0 is padding. Attention stays inside a segment
-    positions  int32, the position inside the segment, from 0
+    segments   int32, the example a position belongs to, from 1; 0 is padding. Attention stays inside a segment, whose
+               tokens are neighbours
+    positions  int32, the position inside the segment; it rises by 1 from token to token
     types      int32, which of two texts a token belongs to (BERT's token types); None means the first everywhere
     inputs     of an encoder-decoder, whose decoder reads `tokens`: what stands in the encoder, segment for segment; None elsewhere
     """

@@ -36,7 +36,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 def describe(path: str, revision: str | None = None) -> dict[str, Any]:
     """The config.json of a folder or a hub id without its weights; of those that are known, without asking the hub. ValueError as above."""
     raw = known.config(path) if revision is None and not Path(path).is_dir() else None
-    return raw or _of_text(_config(files.resolve(path, revision, ["config.json"])), path)
+    return dict(raw) if raw else _of_text(_config(files.resolve(path, revision, ["config.json"])), path)
 
 
 def _config(directory: Path) -> dict[str, Any]:

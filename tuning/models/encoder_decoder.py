@@ -154,4 +154,4 @@ class EncoderDecoder(nnx.Module):
 
     def _embed(self, tokens: jax.Array, positions: jax.Array | None, c: TransformerConfig, key: jax.Array | None) -> jax.Array:
         x = self.embed(tokens, positions, jnp.dtype(c.dtype))
-        return mesh.constrain(dropout(x, c.dropout, keys.fold(key, "embed")), "batch", None, None)
+        return mesh.constrain(dropout(x, c.dropout, keys.fold(key, "embed")), "batch", "sequence", None)

@@ -216,7 +216,7 @@ class Transformer(nnx.Module):
         if self.embed_norm is not None:
             x_BTD = self.embed_norm(x_BTD)
         x_BTD = dropout(x_BTD, c.dropout if "embed" in c.dropped else 0.0, keys.fold(key, "embed"))
-        return mesh.constrain(x_BTD, "batch", None, None)
+        return mesh.constrain(x_BTD, "batch", "sequence", None)
 
 
 def trunk(c: TransformerConfig, layer: Layer, sites: Sites, cuts: tuple[int, ...], rngs: nnx.Rngs):
@@ -260,7 +260,7 @@ def look(
         first = 0 if past is None else past.length
         away_TS = first + jnp.arange(positions_BT.shape[1])[:, None] - jnp.arange(known.positions.shape[1])[None, :]
         bias = alibi(c.heads, away_TS) if relative is None else relative(away_TS)
-        bias = mesh.constrain(bias, "heads", None, None)
+        bias = mesh.constrain(bias, "heads", "sequence", None)
     # While a text grows, its length is what the cache can hold: angles that changed on the way would not fit the keys stored before.
     lengths_BT = _lengths(queries) if cache is None else jnp.full_like(positions_BT, known.positions.shape[1])
     turns = {rope: _angles(c, rope, positions_BT, lengths_BT) for rope in dict.fromkeys(kind.rope for kind in c.kinds)}

@@ -106,7 +106,8 @@ class Attention(nnx.Module):
         q, k, v = self._project(x_BTD, key)
         if seen.angles is not None:
             q, k = rotary.rotate(q, *seen.angles), rotary.rotate(k, *seen.angles)
-        q, k, v = (mesh.constrain(y, "batch", None, axis, None) for y, axis in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads")))
+        q = mesh.constrain(q, "batch", "sequence", "heads", None)
+        k, v = (mesh.constrain(y, "batch", None, "kv_heads", None) for y in (k, v))
         if store is not None:
             k, v = store(k, v)
         if self.adapter is not None:
@@ -115,7 +116,8 @@ class Attention(nnx.Module):
 
     def memory(self, source_BSD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         """Keys and values [B, S, K, H] of what cross attention looks at."""
-        return self._one("k", source_BSD, key), self._one("v", source_BSD, key)
+        k, v = (mesh.constrain(self._one(name, source_BSD, key), "batch", None, "kv_heads", None) for name in "kv")
+        return k, v
 
     def across(self, x_BTD: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, seen: Seen, key: jax.Array | None) -> jax.Array:
         """Cross attention to a memory."""

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from tuning.core import mesh
 
 SCORES = 512 * 512  # of one head, that exist at a time
 EVERYWHERE = -1  # the segment of keys that all queries see
@@ -49,7 +52,6 @@ def visible(how: How, queries: Marks, keys: Marks) -> jax.Array:
     return seen_BTS if how.window is None else seen_BTS & (abs(distance_BTS) < how.window)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(
     how: How, q_BTNH, k_BSKH, v_BSKH, queries: Marks, keys: Marks, bias: jax.Array | None = None, key: jax.Array | None = None
 ) -> jax.Array:  # fmt: skip
@@ -60,8 +62,24 @@ def attend(
     The G = N / K queries that share a key stand under one another, so that every product is a plain batch of matrices. The softmax is
     computed in float32. The backward pass makes the scores again, from each row's logarithm of its sum (Dao et al., 2022,
     arXiv:2205.14135), instead of keeping them. Both take one block of queries after another (Rabe and Staats, 2021, arXiv:2112.05682): for
-    each head SCORES of them exist at a time, and short sequences are one block.
+    each head SCORES of them exist at a time, and short sequences are one block. On a mesh that splits sequences, a device does so with the
+    queries that it has.
     """
+    here, given = jax.sharding.get_abstract_mesh(), (q_BTNH, k_BSKH, v_BSKH, queries, keys, bias)
+    if here.empty or (split := mesh.spec(queries.segments.shape[1:], ("sequence",), here)) == P(None):
+        return _blocks(how, *given, key)
+
+    def local(key, *given):
+        return _blocks(how, *given, None if key is None else jax.random.fold_in(key, jax.lax.axis_index(split[0])))
+
+    rows, whole, along = P(None, *split), P(), None if bias is None else P(None, *split) if bias.ndim == 3 else P()
+    specs = (whole, rows, whole, whole, rows, whole, along)
+    run = jax.shard_map(local, in_specs=specs, out_specs=rows, axis_names=set(split), check_vma=False)
+    return run(key, *given)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(how, q_BTNH, k_BSKH, v_BSKH, queries, keys, bias, key) -> jax.Array:
     return _attend(how, q_BTNH, k_BSKH, v_BSKH, queries, keys, bias, key)[0]
 
 
@@ -128,13 +146,13 @@ def _attend_backward(how, kept, dy_BTNH):
     parts = (blocks, _matrices(dy_BTNH, k.shape[1], y.shape[0]), y, log_total)
     (dk, dv), (dq, d_bias) = jax.lax.scan(block, zeros, parts)
     dk, dv = (sum_BKSH.transpose(0, 2, 1, 3).astype(k.dtype) for sum_BKSH in (dk, dv))
-    if bias is not None:
+    if bias is not None and d_bias is not None:
         joined = lambda x_PNCS: jnp.moveaxis(x_PNCS, 0, 1).reshape(bias.shape[0], -1, bias.shape[2])[:, : bias.shape[1]]  # noqa: E731
-        d_bias = (joined(d_bias) if bias.ndim == 3 else jnp.sum(d_bias, 0)).astype(bias.dtype)
+        d_bias = (joined(d_bias) if bias.ndim == 3 else d_bias.sum(0)).astype(bias.dtype)
     return _heads(dq, dy_BTNH.shape), dk, dv, None, None, d_bias, None
 
 
-attend.defvjp(_attend, _attend_backward)
+_blocks.defvjp(_attend, _attend_backward)
 
 
 def _rows(x: jax.Array, axis: int, count: int) -> jax.Array:

@@ -82,7 +82,7 @@ def spread(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD) -> 
     here = jax.sharding.get_abstract_mesh()
     if here.empty or here.size == 1:
         return route(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD)
-    rows = mesh.spec(x_BTD.shape, ("batch", None, None), here)
+    rows = mesh.spec(x_BTD.shape, ("batch", "sequence", None), here)
     expert, fsdp, tensor = mesh.spec(up_EDF.shape, ("experts", "embed", "mlp"), here)
     into, out = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
     parts = [weight.parted(kernel, names, here) for kernel, names in ((gate_EDF, into), (up_EDF, into), (down_EFD, out))]
@@ -104,9 +104,9 @@ def spread(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD) -> 
 
     # What is still to be added up leaves with an axis of its own and is added outside: a sum inside would be repeated in the backward pass.
     specs = (rows, rows, P(*rows[:2]), *places)
-    run = jax.shard_map(local, in_specs=specs, out_specs=(P(apart or None, *rows), P(rows[0])), check_vma=False)
+    run = jax.shard_map(local, in_specs=specs, out_specs=(P(apart or None, *rows), P(mesh.names(rows) or None)), check_vma=False)
     y, sums = run(x_BTD, logits_BTE, real_BT, *kernels)
-    return mesh.constrain(jax.lax.reduce_sum(y, (0,)), "batch", None, None), jax.tree.map(lambda x: x.sum(0), sums)
+    return mesh.constrain(jax.lax.reduce_sum(y, (0,)), "batch", "sequence", None), jax.tree.map(lambda x: x.sum(0), sums)
 
 
 def route(settings, x_BTD, logits_BTE, real_BT, gate_XDF, up_XDF, down_XFD, axis=None, gathers=False) -> tuple[jax.Array, Sums]:

@@ -129,7 +129,7 @@ class Stack(nnx.Module):
                 if self.remat != "none" and cache is None:
                     run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=False)
                 x_BTD, new = run(weights[i], x_BTD, None if layer_keys is None else layer_keys[i])
-                x_BTD = mesh.constrain(x_BTD, "batch", None, None)
+                x_BTD = mesh.constrain(x_BTD, "batch", "sequence", None)
                 measured |= {n: measured[n] + value if n in measured else value for n, value in new.items()}
             return (x_BTD, stored), measured
 

@@ -23,8 +23,10 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., D] times a kernel [D, F], in x's dtype.
 
     Written as one product of two matrices: the gradient of a product with more axes sums over several of them, which XLA does on CPU
-    without its fast matmul.
+    without its fast matmul. Where a mesh splits sequences, their tokens cannot be put into one row: it would gather them.
     """
+    if x.ndim == 3 and mesh.pieces(x.shape[1], "sequence") > 1:
+        return x @ kernel.astype(x.dtype)
     return (x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)).reshape(*x.shape[:-1], kernel.shape[-1])
 
 

@@ -109,7 +109,7 @@ def _grown(parts: build.Parts) -> dict[int, float]:
         return {}
     own = sharded(config, dict(parts.model.mesh.shape)).per_token
     rows = parts.settings.batch_size // parts.settings.accumulate // meshes.row_count(parts.model.mesh)
-    return {rows * parts.train.length * own: split * config.per_token / own}
+    return {rows * parts.train.length // parts.model.mesh.shape["context"] * own: split * config.per_token / own}
 
 
 def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
@@ -125,16 +125,17 @@ def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
     own = build.model(source, method, alone)
     rows = parts.settings.batch_size // parts.settings.accumulate // meshes.row_count(mesh)
     batch = loader.abstract(parts.train, rows, alone)
-    base = None if parts.base is None else functools.partial(build.base(own))
+    base = None if parts.base is None else build.base(own)
 
     def gradients(tuned, frozen, batch):
         def total(tuned):
             forward = lambda piece: own.network.apply(tree.merge(tuned, frozen), piece, None)  # noqa: E731
-            before = None if base is None else lambda piece: base(frozen, piece)
+            before = None if base is None else functools.partial(base, frozen)
             return parts.loss(forward, batch, before)["loss"].total
 
         return jax.grad(total)(tuned)
 
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, x.shape[1] // mesh.shape["context"]), x.dtype), batch)
     bare = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for x in (*tree.split(own.layout, own.tuned), batch)]
     paths = [jax.tree_util.tree_flatten_with_path(leaves)[0] for leaves in bare[:2]]
     names = ["/".join(str(key.key) for key in path if hasattr(key, "key")) for leaves in paths for path, _ in leaves]
