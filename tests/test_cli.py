@@ -31,6 +31,7 @@ def test_help_is_complete_quick_and_needs_no_jax(verb):
     flags = {
         None: VERBS,
         "train": ["--config", "--workdir", "--dry_run", "data.train.format"],
+        "plan": ["--topology", "--compile", "--save", "--prices", "--measured", "--json", "--search", "--methods", "v5e:16x16", "h100:8"],
         "evaluate": ["--model", "--adapter", "--checkpoint", "--split"],
         "generate": ["--prompt", "--temperature", "--top_k", "--top_p", "--max_new_tokens", "--checkpoint"],
         "export": ["--format", "--merge", "--out", "--adapter"],

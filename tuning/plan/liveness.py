@@ -214,4 +214,4 @@ def _inside(op: Op, habits: Habits) -> float:
         # What a turn hands on is written where the loop's results lie, which count outside.
         return peak(body, habits, lambda i: habits.slices if i >= before else 0.0, lambda i, size: 0.0).bytes
     inner = [op.params[key] for key in ("body_jaxpr",) if key in op.params] + list(op.params.get("branches", ()))
-    return max((peak(getattr(j, "jaxpr", j), habits).bytes for j in inner), default=0.0)
+    return max((peak(getattr(j, "jaxpr", j), habits, result=lambda i, size: 0.0).bytes for j in inner), default=0.0)
