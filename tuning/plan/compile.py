@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from tuning import build
+from tuning.core import mesh as meshes
 from tuning.data import loader
 from tuning.plan import hlo, topology
 from tuning.training import state, step
@@ -80,16 +81,12 @@ def compile(parts: build.Parts) -> Compiled | Refused:
         return refused(str(error), time.monotonic() - began)
     seconds, memory, text = time.monotonic() - began, executable.memory_analysis(), executable.as_text()
     program = hlo.Program(text)
+    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    on_tpu = meshes.device(parts.model.mesh).platform == "tpu"
     return Compiled(
         memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.alias_size_in_bytes, memory.temp_size_in_bytes,
-        taken(memory), seconds, hlo.totals(program.collectives()), program.largest(), text, executable,
+        memory.peak_memory_in_bytes if on_tpu else whole, seconds, hlo.totals(program.collectives()), program.largest(), text, executable,
     )  # fmt: skip
-
-
-def taken(memory: Any) -> int:
-    """Bytes of main memory: the peak of the compiler's assignment or, where jax does not have it, the sum of the parts."""
-    whole = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-    return getattr(memory, "peak_memory_in_bytes", 0) or whole
 
 
 def refused(message: str, seconds: float) -> Refused:
