@@ -45,6 +45,7 @@ setup(
         "test": [
             "torch==2.13.0",
             "cmaes>=0.13",
+            "jsonschema>=4.20",
             "matplotlib>=3.9",
             "optuna>=5.0",
             "peft>=0.18",

@@ -12,10 +12,12 @@ import threading
 import time
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
 from tests import devices, runs
+from tests.sweep import schemas
 from tuning.sweep import states, sweep
 from tuning.sweep.runners import RUNNERS, launch
 from tuning.sweep.runners.runner import Job, bound
@@ -29,6 +31,7 @@ OPTIONS = {
     "gke": {"image": "here/tuning:1", "claim": "filestore", "accelerator": "tpu-v5-lite-podslice", "topology": "4x4"},
     "skypilot": {"accelerators": "H100:8", "volume": "shared", "nodes": "2", "setup": "true", "options": "--infra=gcp/us-central1"},
 }
+BUCKET = {"volume": "", "bucket": "gs://b/c", "nodes": "1"}  # in the place of a volume
 
 
 @pytest.fixture
@@ -204,53 +207,7 @@ def test_ctrl_c_saves_the_run_and_gives_the_slice_back(tmp_path, cluster, monkey
     assert (cluster / "saved").read_text() and [verb for verb, _ in verbs(cluster)] == ["create", "delete"]
 
 
-# Schemas: what is used of them, with the types that they have. Every key that is there is here.
-
-NAME, COUNT = str, int
-JOBSET = {
-    "apiVersion": {"jobset.x-k8s.io/v1alpha2"},
-    "kind": {"JobSet"},
-    "metadata": {"name": NAME, "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": str}},
-    "spec": {
-        "failurePolicy": {"maxRestarts": COUNT},
-        "replicatedJobs": [{"name": NAME, "replicas": COUNT, "template": {"spec": {
-            "completionMode": {"Indexed", "NonIndexed"}, "completions": COUNT, "parallelism": COUNT, "backoffLimit": COUNT,
-            "template": {"spec": {
-                "restartPolicy": {"Never", "OnFailure"},
-                "terminationGracePeriodSeconds": COUNT,
-                "nodeSelector": {"cloud.google.com/gke-tpu-accelerator": str, "cloud.google.com/gke-tpu-topology": str},
-                "containers": [{
-                    "name": NAME, "image": str, "command": [str], "resources": {"limits": {"google.com/tpu": COUNT}},
-                    "volumeMounts": [{"name": NAME, "mountPath": str}],
-                }],
-                "volumes": [{"name": NAME, "persistentVolumeClaim": {"claimName": str}}],
-            }},
-        }}}],
-    },
-}  # fmt: skip
-TASK = {
-    "name": NAME,
-    "num_nodes": COUNT,
-    "resources": {"accelerators": str, "use_spot": bool, "job_recovery": {"max_restarts_on_errors": COUNT}},
-    "workdir": str,
-    "file_mounts": {"~/sweep/sweep.json": str, "~/sweep/configs": str},
-    "setup": str,
-    "run": str,
-}
-
-
-def mistakes(value, schema, where=""):
-    """Where a value is not as a schema says: a type, a set of choices, a dict of all keys, or a list of one kind."""
-    if isinstance(schema, dict):
-        if not isinstance(value, dict) or value.keys() != schema.keys():
-            return [f"{where}: {value}"]
-        return [wrong for key in schema for wrong in mistakes(value[key], schema[key], f"{where}.{key}")]
-    if isinstance(schema, list):
-        if not isinstance(value, list) or not value:
-            return [f"{where}: {value}"]
-        return [wrong for part in value for wrong in mistakes(part, schema[0], where)]
-    fits = value in schema if isinstance(schema, set) else type(value) is schema
-    return [] if fits else [f"{where}: {value!r}"]
+# What the files are.
 
 
 def rendered(runner, directory, workers=1, **options):
@@ -263,12 +220,15 @@ def rendered(runner, directory, workers=1, **options):
 )
 def test_a_worker_on_gke_is_a_jobset_of_one_slice(tmp_path, cluster, topology, chips, hosts, domain):
     first, second = rendered("gke", tmp_path / "sweep", 2, topology=topology, chips=str(chips), name="mine")
-    assert mistakes(first, JOBSET) == []
+    jsonschema.validate(first, schemas.JOBSET)
     assert (first["metadata"]["name"], second["metadata"]["name"]) == ("mine-0", "mine-1")
     assert first["metadata"]["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"].endswith(domain)
     job = first["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert (job["completions"], job["parallelism"]) == (hosts, hosts)
-    (container,) = job["template"]["spec"]["containers"]
+    assert (job["completionMode"], job["completions"], job["parallelism"]) == ("Indexed", hosts, hosts)
+    pod = job["template"]["spec"]
+    labels = {"cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice", "cloud.google.com/gke-tpu-topology": topology}
+    assert pod["nodeSelector"] == labels and pod["restartPolicy"] == "Never"
+    (container,) = pod["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     distributed = ["--distributed"] if hosts > 1 else []
     assert container["command"][2:] == ["tuning", "work", "/sweeps/sweep", "--worker=mine-0", *distributed]
@@ -279,16 +239,15 @@ def test_a_worker_on_gke_is_a_jobset_of_one_slice(tmp_path, cluster, topology, c
     [
         ({}, {"volumes": {"/sweeps": "shared"}}, True),
         ({"accelerators": "tpu-v5litepod-16", "nodes": "1", "spot": "True"}, {"volumes": {"/sweeps": "shared"}}, True),
-        ({"volume": "", "bucket": "gs://b/c", "nodes": "1"}, {"/sweeps": {"source": "gs://b/c", "mode": "MOUNT_CACHED"}}, False),
+        (BUCKET, {"/sweeps": {"source": "gs://b/c", "mode": "MOUNT_CACHED"}}, False),
     ],
     ids=["nodes", "slice", "bucket"],
 )
 def test_a_worker_on_skypilot_is_a_managed_job(tmp_path, cluster, options, storage, distributed):
     (task,) = rendered("skypilot", tmp_path / "sweep", **options)
-    volumes = {"volumes": {"/sweeps": str}} if "volumes" in storage else {}
-    mounts = {} if volumes else {"/sweeps": {"source": str, "mode": {"MOUNT", "COPY", "MOUNT_CACHED"}}}
-    assert mistakes(task, {**TASK, **volumes, "file_mounts": {**TASK["file_mounts"], **mounts}}) == []
-    assert storage.items() <= {**task, **task["file_mounts"]}.items()
+    jsonschema.validate(task, schemas.TASK)
+    mounts = task["file_mounts"]
+    assert storage.items() <= {**task, **mounts}.items() and {"~/sweep/sweep.json", "~/sweep/configs"} <= mounts.keys()
     assert task["resources"]["use_spot"] == ("spot" in options) and ("--distributed" in task["run"]) == distributed
     (command,) = executed(cluster)
     assert command == [
@@ -300,6 +259,34 @@ def test_a_worker_on_skypilot_is_a_managed_job(tmp_path, cluster, options, stora
         "--infra=gcp/us-central1",
         str(tmp_path / "sweep" / "launch" / "tuning-sweep-0.yaml"),
     ]
+
+
+def fields(value):
+    """(mapping, key) of all fields of a file; keys with a slash are labels and paths, which no schema knows."""
+    if isinstance(value, dict):
+        yield from ((value, key) for key in value if "/" not in key)
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from fields(part)
+
+
+@pytest.mark.parametrize(
+    "schema, runner, options",
+    [(schemas.JOBSET, "gke", {}), (schemas.TASK, "skypilot", {}), (schemas.TASK, "skypilot", BUCKET)],
+    ids=["gke", "volume", "bucket"],
+)
+def test_the_schemas_refuse_a_misspelt_field_and_a_wrong_type_anywhere(tmp_path, cluster, schema, runner, options):
+    (file,) = rendered(runner, tmp_path / "sweep", **options)
+    jsonschema.validate(file, schema)
+    fits, found = jsonschema.Draft202012Validator(schema).is_valid, list(fields(file))
+    assert len(found) >= 11
+    for within, key in found:
+        right = within.pop(key)
+        for wrong in ({key[:-1]: right}, {key: None}):
+            within.update(wrong)
+            assert not fits(file), wrong
+            within.pop(*wrong)
+        within[key] = right
+    assert fits(file)  # as it was
 
 
 # Mistakes.

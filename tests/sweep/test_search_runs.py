@@ -1,6 +1,7 @@
 """Searches in processes: workers that share a study, in a journal file or in PostgreSQL, and `tuning sweep --search` with real runs."""
 
 import collections
+import contextlib
 import glob
 import json
 import os
@@ -26,9 +27,8 @@ import json, pathlib, sys, time
 from tuning.sweep import trials
 at, worker = pathlib.Path(sys.argv[1]), sys.argv[2]
 found = trials.load(at)
-(at / f"{worker}.ready").touch()
-while len(list(at.glob("*.ready"))) < 2:
-    time.sleep(0.01)
+print("ready", flush=True)
+sys.stdin.read()
 while claim := found.take(worker):
     rate = json.loads((at / "configs" / f"{claim.name}.json").read_text())["optimizer"]["learning_rate"]
     for step in (9, 18, 27):
@@ -95,8 +95,17 @@ def written(at, home, within, count, sampler, *, startup, every, storage=""):
 def test_two_processes_share_a_study(where, home, tmp_path, request):
     storage = request.getfixturevalue("postgres") if where == "postgres" else ""
     made = written(tmp_path, home, PLANE, 12, "tpe", startup=2, every=9, storage=storage)
-    started = [subprocess.Popen([sys.executable, "-c", WORK, str(tmp_path), name], env=runs.environment(), cwd=runs.ROOT) for name in "ab"]
-    assert [process.wait(300) for process in started] == [0, 0]
+    with contextlib.ExitStack() as stack:
+        started = []
+        for name in "ab":
+            command = [sys.executable, "-c", WORK, str(tmp_path), name]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            started.append(stack.enter_context(subprocess.Popen(command, env=runs.environment(), cwd=runs.ROOT, **pipes)))
+            stack.callback(started[-1].kill)  # where the test fails, nobody waits for a process that will not end
+        assert [process.stdout.readline() for process in started] == ["ready\n"] * 2
+        for process in started:
+            process.stdin.close()
+        assert [process.wait(300) for process in started] == [0, 0]
     found = trials.load(tmp_path)
     assert (tmp_path / "study.journal").exists() == (where == "journal")
     told = found.study.get_trials()
