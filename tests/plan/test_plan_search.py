@@ -83,7 +83,7 @@ def test_what_does_not_fit_without_its_temporaries_is_not_traced(tmp_path):
     run = Variants(plans.config(tmp_path / "model"))
     found = search.search(run, plans.devices(4, 0.5))
     assert found.candidates == [] and run.traces == 0
-    assert "weights" in found.refused["h100:4"] and "of 0.0 GiB" in found.refused["h100:4"]
+    assert "weights" in found.refused["h100:4"] and "of 0.00 GiB" in found.refused["h100:4"]
 
 
 def test_a_real_model_on_a_pod_takes_few_traces():

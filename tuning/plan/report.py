@@ -5,18 +5,17 @@ What is not known is None, and `sources` says why; of every figure that is not c
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from tuning import build
 from tuning.core import tree
-from tuning.plan import cost, memory, speed
+from tuning.plan import cost, memory, speed, variants
 from tuning.plan.compile import Compiled, Refused
+from tuning.plan.speed import Estimate
 from tuning.plan.topology import Topology
+from tuning.plan.variants import gib
 from tuning.training import flops
-
-SPARE = 0.05  # of a device's memory, that a plan which fits leaves free
 
 
 def report(
@@ -34,10 +33,11 @@ def report(
     """
     used = memory.estimate(parts)
     per_token, tokens = cost.flops_per_token(parts), parts.settings.batch_size * parts.train.length
-    timed = _timed(parts, topology, per_token * tokens, tokens, prices, measured)
+    table = speed.read_prices(prices) if prices else None
+    timed = variants.timed(parts, topology, table, measured=measured) or unknown(topology)
     room = topology.memory_bytes
     needs = used.total if compiled is None else compiled.hbm_bytes if isinstance(compiled, Compiled) else None
-    fits = None if room is None else isinstance(compiled, Refused) is False and needs is not None and needs <= (1 - SPARE) * room
+    fits = None if room is None else isinstance(compiled, Refused) is False and needs is not None and needs <= variants.MARGIN * room
     return {
         "parameters": parameters(parts),
         "flops_per_token": per_token,
@@ -51,7 +51,7 @@ def report(
         "fits": fits,
         "spare": None if room is None or needs is None else 1 - needs / room,
         "tokens_per_step": tokens,
-        **timed,
+        **vars(timed),
         "compiled": None if compiled is None else said(compiled),
     }  # fmt: skip
 
@@ -75,21 +75,10 @@ def said(compiled: Compiled | Refused) -> dict[str, Any]:
     return {**{name: getattr(compiled, name) for name in names}, "largest": largest}
 
 
-def _timed(parts, topology: Topology, step_flops: float, tokens: int, prices: Path | None, measured: Path | None) -> dict[str, Any]:
-    """Time, money and energy, with `sources`."""
-    chip = topology.chip
-    if chip is None:
-        names = ("seconds_per_step", "tokens_per_second", "hours", "cost", "currency", "kilowatt_hours")
-        return {**dict.fromkeys(names), "sources": dict.fromkeys(names, f"nothing is on file of {topology.name}")}
-    config = parts.model.source.config
-    likeness = cost.flops_per_token(parts) / cost.flops_per_token(parts, full=True)
-    if measured:
-        used = speed.measured(measured, chip)
-    else:
-        used = speed.efficiency(chip, tree.size(parts.model.layout), "full" if likeness > 5 / 6 else "lora", parts.train.length,
-                                topology.devices, routed=getattr(config, "experts", 0) > 0)  # fmt: skip
-    table = speed.read_prices(prices) if prices else None
-    return vars(speed.estimate(step_flops, tokens, parts.settings.steps, chip, topology.devices, used, table))
+def unknown(topology: Topology) -> Estimate:
+    """What is known of the time on a device that nothing is on file of."""
+    names = ("seconds_per_step", "tokens_per_second", "hours", "cost", "kilowatt_hours")
+    return Estimate(None, None, None, None, None, None, dict.fromkeys(names, f"nothing is on file of {topology.name}"))
 
 
 def verdict(plan: dict[str, Any]) -> str:
@@ -104,11 +93,4 @@ def verdict(plan: dict[str, Any]) -> str:
     needs, by = (compiled["hbm_bytes"], "compiled") if compiled else (plan["bytes_per_device"]["total"], "estimated")
     if plan["fits"]:
         return f"FITS with {plan['spare']:.0%} to spare: {gib(needs)} ({by}) of {gib(room)} on each device."
-    short = "leaves" if needs <= room else "is beyond"
-    return f"DOES NOT FIT: {gib(needs)} ({by}) {short} {gib(room)} of {name}" + (
-        f" less than the {SPARE:.0%} that are kept free." if needs <= room else "."
-    )
-
-
-def gib(size: float | None) -> str:
-    return "?" if size is None or math.isnan(size) else f"{size / 2**30:,.2f} GiB"
+    return f"DOES NOT FIT: {gib(needs)} ({by}), and a plan may fill {gib(variants.MARGIN * room)} of {name}'s {gib(room)}."

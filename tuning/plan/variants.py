@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tuning import build
@@ -152,14 +153,19 @@ def meshes_for(parts: build.Parts, where: Topology) -> list[Changes]:
     return found
 
 
-def timed(parts: build.Parts, where: Topology, prices: Prices | None = None, steps: int | None = None) -> Estimate | None:
-    """Time, money and energy of so many updates, by default the run's; None for a device that nothing is on file of."""
+def timed(
+    parts: build.Parts, where: Topology, prices: Prices | None = None, steps: int | None = None, measured: Path | None = None
+) -> Estimate | None:  # fmt: skip
+    """Time, money and energy of so many updates, by default the run's; None for a device that nothing is on file of. `measured` is a run
+    of ours whose utilisation counts in place of published ones."""
     if where.chip is None:
         return None
     config, per_token = parts.model.source.config, cost.flops_per_token(parts)
     like = "full" if per_token / cost.flops_per_token(parts, full=True) > 5 / 6 else "lora"
     routed = hasattr(config, "experts") and config.experts > 0
-    found = speed.efficiency(where.chip, tree.size(parts.model.layout), like, parts.train.length, where.devices, routed)
+    size = tree.size(parts.model.layout)
+    found = speed.efficiency(where.chip, size, like, parts.train.length, where.devices, routed)
+    found = speed.measured(measured, where.chip) if measured else found
     tokens = parts.settings.batch_size * parts.train.length
     return speed.estimate(per_token * tokens, tokens, steps or parts.settings.steps, where.chip, where.devices, found, prices)
 
@@ -177,7 +183,7 @@ def label(changes: Mapping[str, Any]) -> str:
 
 
 def gib(size: float) -> str:
-    return f"{size / 2**30:,.1f} GiB"
+    return f"{size / 2**30:,.2f} GiB"
 
 
 def divisors(n: int) -> list[int]:
