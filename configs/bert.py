@@ -6,8 +6,8 @@
 Data: a tab-separated file without a header, a text and its class in each line. Set model.classes to the names of yours. 32 rows of 128
 tokens an update, packed with as many texts as they take; each text sees only itself. `full` alone is the first.
 
-    full,v5e:2x4   8 TPU v5e   plan: PENDING
-    full,v5e:2x2   4 TPU v5e   plan: PENDING
+    full,v5e:2x4   8 TPU v5e   plan: 1.8 of 15.8 GiB
+    full,v5e:2x2   4 TPU v5e   plan: 2.0 of 15.8 GiB
 
 Not yet run on that hardware by us, so no speed is promised. Published for SST-2: 93.5 % on the test set (Devlin et al., 2019,
 arXiv:1810.04805, table 1).
