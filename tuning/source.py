@@ -94,7 +94,7 @@ def pretrained(
     dtype         of the computation and of frozen weights; tuned leaves and optimiser state are float32
     precision     of float32 matmuls on GPU and TPU: "highest" is exact, "default" is faster
     remat         what the backward pass keeps: "none" (everything), "dots" (matmul results), "full" (each layer's input)
-    attention     how: "splash" (TPU), "cudnn" (GPU, bfloat16) or "blockwise" (anywhere, for everything); "auto" takes the device's kernel
+    attention     how: "splash" (TPU), "cudnn" (GPU, bfloat16) or "blockwise" (anywhere, for everything); "auto" takes the TPU's kernel
                   where it can be had. "splash_interpreted" is splash on any device, slowly
     quantise      what the kernels in layers are kept as that do not learn: "nf4" (QLoRA: Dettmers et al., 2023, arXiv:2305.14314), "int4",
                   "int8", or "" for arrays of `dtype`

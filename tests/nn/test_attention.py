@@ -153,7 +153,7 @@ def needs(**changes):
 
 def test_the_device_chooses_and_what_its_kernel_cannot_do_says_why():
     assert kernels.choose("auto", "tpu", needs(softcap=50.0, head_dim=256)) == ("splash", "")
-    assert kernels.choose("auto", "gpu", needs(length=4098)) == ("cudnn", "")
+    assert kernels.choose("cudnn", "gpu", needs(length=4098)) == ("cudnn", "")
     assert kernels.choose("auto", "cpu", needs()) == ("blockwise", "")
     assert kernels.choose("blockwise", "tpu", needs()) == ("blockwise", "")
     for form, platform, changes, why in [
@@ -161,9 +161,10 @@ def test_the_device_chooses_and_what_its_kernel_cannot_do_says_why():
         ("auto", "tpu", dict(bias=True), "splash: positions enter as a bias"),
         ("auto", "tpu", dict(dropout=0.1), "splash: attention_dropout=0.1"),
         ("auto", "tpu", dict(prefix=10), "splash: 10 keys stand before"),
-        ("auto", "gpu", dict(dtype="float32"), "cudnn: dtype=float32"),
-        ("auto", "gpu", dict(head_dim=256), "cudnn: head_dim=256"),
-        ("auto", "gpu", dict(softcap=50.0), "cudnn: softcap=50.0"),
+        ("auto", "gpu", {}, "cudnn: not run on a GPU by us yet"),
+        ("cudnn", "gpu", dict(dtype="float32"), "cudnn: dtype=float32"),
+        ("cudnn", "gpu", dict(head_dim=256), "cudnn: head_dim=256"),
+        ("cudnn", "gpu", dict(softcap=50.0), "cudnn: softcap=50.0"),
         ("splash", "cpu", {}, "splash: not for cpu"),
         ("cudnn", "tpu", {}, "cudnn: not for tpu"),
     ]:

@@ -37,6 +37,8 @@ class Needs(NamedTuple):
 
 def choose(form: str, platform: str, needs: Needs) -> tuple[str, str]:
     """(the form of attention on devices of a platform, why it is not the one that was asked for). "auto" asks for the platform's kernel."""
+    if form == "auto" and platform == "gpu":  # until it has been: what cannot be had there would stop a run that needs it not
+        return "blockwise", "cudnn: not run on a GPU by us yet; model.attention=cudnn asks for it"
     form = NATIVE.get(platform, "blockwise") if form == "auto" else form
     if form not in MULTIPLES:
         raise ValueError(f"model.attention={form!r} is not one of auto, {', '.join(MULTIPLES)}.")
