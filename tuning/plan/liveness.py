@@ -3,7 +3,7 @@
 The model: results of matrix products, kernels, loops and whatever else cannot be fused lie in memory from where they are made to where they
 are last used; what is computed element by element is fused into its users, so that in its place what it is computed from stays alive,
 unless it is smaller than that. A loop takes what its body takes, once, and what it stacks. A kernel that is kept in codes is an array where
-it multiplies, and heads that are narrower than a TPU's lanes are filled up. Experiments/pod_compilation says how near this comes.
+it multiplies, and heads that are narrower than a TPU's lanes are filled up. How near this comes is in experiments/pod_compilation.
 """
 
 from __future__ import annotations

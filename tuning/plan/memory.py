@@ -2,7 +2,7 @@
 
 The state is exact: the layout says what each device holds. Temporaries are those of the traced step, of one microbatch on one device: its
 rows, its parts of heads, feed-forward layers and vocabulary, and whole what it gathers of the weights; see liveness.py for the model of
-what then lies in memory, and FITTED for how far compilers are from it.
+what then lies in memory, and experiments/pod_compilation for how far compilers are from it.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def _absent_tpus(name: str, slices: int) -> list[Any]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what libtpu writes to standard error (that there is no TPU here) from the user; what it wrote is shown if it fails hard."""
+    """Keeps from the user what libtpu writes to standard error (that there is no TPU here); what fails is raised."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:
