@@ -69,15 +69,15 @@ class Memory:
         return self.arguments + self.gradients + self.activations + self.logits + self.temporaries
 
 
-def estimate(parts: build.Parts) -> Memory:
-    """The memory of a run's train step on a device of its mesh."""
+def estimate(parts: build.Parts, peak: liveness.Peak | None = None) -> Memory:
+    """The memory of a run's train step on a device of its mesh. `peak`, where it is known: of a run that gives a device the same work."""
     m, settings = parts.model, parts.settings
     start = state.abstract(m.layout, m.tuned, parts.optimizer.transform, m.mesh)
     gradients = on_device(start.tuned)
-    peak = temporaries(parts)
+    peak = temporaries(parts) if peak is None else peak
     copies = 2 if settings.accumulate > 1 else 1
     activations, logits = min(peak.kept, peak.bytes), min(_logits(parts), peak.bytes)
-    rest = max(0, peak.bytes - gradients - activations - logits) + _cast(parts) + _turned(parts) + _ahead(parts)
+    rest = max(0, peak.bytes - activations - logits) + _cast(parts) + _turned(parts) + _ahead(parts)
     return Memory(
         on_device(start.frozen), gradients, copies * gradients, on_device(start.optimizer), activations, logits,
         on_device(loader.abstract(parts.train, settings.batch_size, m.mesh)), _cache(parts), rest,
@@ -90,7 +90,7 @@ def on_device(leaves: Tree) -> int:
 
 
 def temporaries(parts: build.Parts) -> liveness.Peak:
-    """What computing the gradients of one microbatch takes on one device, besides its arguments."""
+    """What computing the gradients of one microbatch takes on one device, besides its arguments and the gradients."""
     m = parts.model
     tuned, _ = tree.split(m.layout, m.tuned)
     results = [on_device(leaf) for leaf in jax.tree.leaves(tuned)]
@@ -98,7 +98,8 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
     gathers = m.mesh.shape["fsdp"] > 1
     held = lambda i: 1.0 if gathers and i < len(names) and stack.layer_range(names[i]) is None else 0.0  # noqa: E731
     habits = liveness.Habits(1.0 if gathers else 0.0, _grown(parts))
-    return liveness.peak(traced, habits, held, lambda i, size: results[i] if i < len(results) else size)
+    found = liveness.peak(traced, habits, held, lambda i, size: results[i] if i < len(results) else size)
+    return dataclasses.replace(found, bytes=max(0, found.bytes - sum(results)))
 
 
 def _grown(parts: build.Parts) -> dict[int, float]:

@@ -16,12 +16,11 @@ from tuning import build
 from tuning.core import config as configs
 from tuning.core import mesh as meshes
 from tuning.core import tree
-from tuning.data import loader
 from tuning.plan import cost, memory, speed
+from tuning.plan.liveness import Peak
 from tuning.plan.memory import Memory
 from tuning.plan.speed import Estimate, Prices
 from tuning.plan.topology import Topology
-from tuning.training import state
 
 MARGIN = 0.95  # the share of a device's memory that a plan may fill
 Changes = dict[str, Any]  # dotted keys of a config, with their values
@@ -37,7 +36,7 @@ class Variants:
         self.config = build.resolve(self.given)
         self.traces = 0
         self._built: dict[str, build.Parts] = {}
-        self._traced: dict[str, dict[int, Memory]] = {}
+        self._traced: dict[str, dict[int, Peak]] = {}
 
     def parts(self, changes: Mapping[str, Any], where: Topology) -> build.Parts:
         """The parts of the run with these changes. ValueError where it is none."""
@@ -51,15 +50,15 @@ class Variants:
         """What the run takes of a device."""
         known, rows = self._known(parts), _rows(parts)
         if rows not in known:
-            known[rows] = memory.estimate(parts)
+            known[rows] = memory.temporaries(parts)
             self.traces += 1
-        return _held(parts, known[rows])
+        return memory.estimate(parts, known[rows])
 
     def least(self, parts: build.Parts) -> Memory:
         """What it takes at least, by what is known without another trace."""
         known = self._known(parts)
         fewer = [rows for rows in known if rows <= _rows(parts)]
-        return _held(parts, known[max(fewer)] if fewer else None)
+        return memory.estimate(parts, known[max(fewer)] if fewer else Peak(0, 0))
 
     def fits(self, parts: build.Parts, where: Topology) -> bool:
         """Whether that leaves enough of the device free."""
@@ -93,7 +92,7 @@ class Variants:
         kept = {"learning_rate": now["learning_rate"]} if alike else {}
         return {f"optimizer.{key}": value for key, value in configs.flat({"name": name, **kept, "schedule": now["schedule"]}).items()}
 
-    def _known(self, parts: build.Parts) -> dict[int, Memory]:
+    def _known(self, parts: build.Parts) -> dict[int, Peak]:
         """What was traced of the same work, by rows that a device has at a time.
 
         Into how many pieces fsdp splits the weights does not matter once each layer gathers them, unless they have gradients.
@@ -102,26 +101,13 @@ class Variants:
         sizes = dict(m.mesh.shape)
         pieces = sizes["fsdp"] if build.base_leaves(m) else min(sizes["fsdp"], 2)
         shared = {key: parts.config[key] for key in ("model", "method", "objective", "data")}
-        work = configs.plain(shared), meshes.device(m.mesh).device_kind, sizes["tensor"], sizes["expert"], pieces
+        work = configs.plain(shared), meshes.device(m.mesh).device_kind, sizes["tensor"], sizes["expert"], sizes["context"], pieces
         return self._traced.setdefault(repr(work), {})
 
 
 def _rows(parts: build.Parts) -> int:
     """That a device has at a time."""
     return parts.settings.batch_size // parts.settings.accumulate // meshes.row_count(parts.model.mesh)
-
-
-def _held(parts: build.Parts, traced: Memory | None) -> Memory:
-    """What the layout of a run says, with the temporaries of one like it; without any, none."""
-    m, settings = parts.model, parts.settings
-    start = state.abstract(m.layout, m.tuned, parts.optimizer.transform, m.mesh)
-    tuned, count = memory.on_device(start.tuned), 2 if settings.accumulate > 1 else 1
-    batch = memory.on_device(loader.abstract(parts.train, settings.batch_size, m.mesh))
-    base = traced or Memory(**{field.name: 0 for field in dataclasses.fields(Memory)})
-    return dataclasses.replace(
-        base, weights=memory.on_device(start.frozen), masters=tuned, gradients=count * tuned,
-        optimizer=memory.on_device(start.optimizer), batch=batch,
-    )  # fmt: skip
 
 
 def room(where: Topology) -> int:
