@@ -135,6 +135,11 @@ def model(source: Source, method: Method, where: Mesh, masters: str = "float32",
     network = network or _network(source, method, where, method.sites)
     tuned = functools.partial(learns, source, method)
     shapes = {name: leaf.shape for name, leaf in tree.flatten(network.abstract).items()}
+    for pattern in method.rated:
+        if not any(tree.matches(pattern, name) for name in shapes if tuned(name)):
+            raise ValueError(
+                f"method.rates: {pattern!r} matches no leaf that learns. There are: {tree.listing(filter(tuned, shapes), 40)}."
+            )
     dtype_of = lambda name: masters if tuned(name) else source.config.dtype  # noqa: E731
     storage = source.storage.choose({n: shape for n, shape in shapes.items() if not tuned(n)}) if source.storage else {}
     if method.residual and not storage:

@@ -66,6 +66,15 @@ def bind(part: Part, settings: Mapping[str, Any], where: str) -> Part:
     return functools.partial(part, **{key: settings[key] for key in keys})
 
 
+def extended(part: Part, wrapper: Part, key: str, kind: str) -> Part:
+    """`wrapper`, which has a further key before it calls `part`, with a signature that says so: by default the key holds nothing."""
+    further = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=(), annotation=kind)
+    signature = inspect.signature(part)
+    wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), further])  # pyright: ignore
+    wrapper.__annotations__ = {**part.__annotations__, key: kind}
+    return wrapper
+
+
 # What other tools call a key: it only feeds the suggestion, it is never accepted in the key's place.
 ELSEWHERE = {
     "model_name_or_path": "model.path", "base_model": "model.path", "torch_dtype": "model.dtype", "gradient_checkpointing": "model.remat",

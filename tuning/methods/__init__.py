@@ -13,6 +13,7 @@ from tuning.methods.p_tuning import p_tuning
 from tuning.methods.partial import partial
 from tuning.methods.prefix import prefix
 from tuning.methods.prompt import prompt
+from tuning.methods.rates import rated
 from tuning.methods.tokens import tokens
 from tuning.methods.vera import vera
 
@@ -31,4 +32,6 @@ ADDING: dict[str, Part] = {
     "tokens": tokens,
 }
 
-METHODS: dict[str, Part] = {"full": full, "partial": partial, **{name: beside(part) for name, part in ADDING.items()}}
+METHODS: dict[str, Part] = {
+    name: rated(part) for name, part in {"full": full, "partial": partial, **{name: beside(part) for name, part in ADDING.items()}}.items()
+}

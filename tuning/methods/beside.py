@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from typing import Any
 
-from tuning.core import tree
+from tuning.core import parts, tree
 from tuning.core.parts import Part
 from tuning.methods.method import Method, Pace, added
 from tuning.nn.sites import Outline
@@ -27,8 +26,4 @@ def beside(part: Part) -> Part:
             made, tuned=lambda name: made.tuned(name) or chosen(name), pace=lambda name: Pace() if chosen(name) else made.pace(name)
         )
 
-    key = inspect.Parameter("also", inspect.Parameter.KEYWORD_ONLY, default=(), annotation="tuple[str, ...]")
-    signature = inspect.signature(part)
-    method.__signature__ = signature.replace(parameters=[*signature.parameters.values(), key])  # pyright: ignore
-    method.__annotations__ = {**part.__annotations__, "also": "tuple[str, ...]"}
-    return method
+    return parts.extended(part, method, "also", "tuple[str, ...]")

@@ -46,6 +46,7 @@ class Method:
             are no such parameters
     bare    parameters -> the same without what only training needs
     pace    how fast the leaf of this name learns
+    rated   regular expressions by which `pace` was asked to go; each is to match a leaf that learns
     slots   positions that are kept free before the tokens of every example, for what the method puts there
     penalty tuned leaves -> a scalar that is added to the loss that is lowered; None where nothing is
     gain    what the leaf of this name is multiplied by where it is used: c times the leaf does what gain c would
@@ -62,6 +63,7 @@ class Method:
     fold: Callable[[Tree], Tree] | None = lambda params: params
     bare: Callable[[Tree], Tree] = lambda params: params
     pace: Callable[[str], Pace] = lambda name: Pace()
+    rated: tuple[str, ...] = ()
     slots: int = 0
     penalty: Callable[[Tree], jax.Array] | None = None
     gain: Callable[[str], float] = lambda name: 1.0
