@@ -1,4 +1,4 @@
-"""Ten updates in torch, transformers and peft, and the same ten here; experiments/torch_parity is the long version."""
+"""Thirty updates in torch, transformers and peft, and the same thirty here; experiments/torch_parity is the long version."""
 
 import json
 
@@ -9,7 +9,7 @@ from experiments.torch_parity import run as parity
 
 pytest.importorskip("peft")
 
-STEPS = 10
+STEPS = 30
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,7 +54,7 @@ def checkpoint_of(data, tmp_path_factory):
         ("ia3", True, False), ("prompt", False, True), ("prefix", False, False),
     ],
 )  # fmt: skip
-def test_ten_updates_have_the_losses_that_torch_has(checkpoint_of, data, method, pack, tied, tmp_path):
+def test_thirty_updates_have_the_losses_that_torch_has(checkpoint_of, data, method, pack, tied, tmp_path):
     run = parity.config(checkpoint_of(tied), data, method=method, pack=pack, steps=STEPS, length=64)
     mine, torchs = parity.compare(run)
     gaps = parity.differences(mine, torchs)

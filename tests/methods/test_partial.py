@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import runs, tiny
+from tuning import build
 from tuning.core import tree
+from tuning.methods import METHODS
 from tuning.methods.full import full
 from tuning.methods.method import Pace
 from tuning.methods.partial import PARTS, partial
@@ -155,3 +157,27 @@ def test_the_stages_of_partial_tuning_are_those_in_which_something_begins():
     assert pace("blocks/0-1/attn/q/kernel") == Pace((1 / 16, 1 / 8), (10, 0)) and pace("embed/table") == Pace(1 / 32, 20)
     ends = partial(tiny.outline(), parts=("head", "embeddings"), unfreeze_every=10).pace
     assert ends("head/kernel") == Pace(1.0, 0) and ends("embed/table") == Pace(1.0, 10)
+
+
+def test_rates_by_rule_multiply_those_of_the_method_and_the_first_rule_counts():
+    head_first = METHODS["full"](tiny.outline(), layer_decay=0.5, rates=("^head/=10", "attn/q=2", "attn/=3"))
+    assert head_first.pace("head/kernel") == Pace(10.0, 0) and head_first.pace("norm/scale") == Pace(1.0, 0)
+    assert head_first.pace("blocks/0-3/attn/q/kernel") == Pace((1 / 8, 1 / 4, 1 / 2, 1.0), (0, 0, 0, 0))
+    assert head_first.pace("blocks/2-3/attn/o/kernel") == Pace((3 / 4, 3 / 2), (0, 0))
+    plus = METHODS["lora"](tiny.outline(), b_rate=16.0)
+    named = METHODS["lora"](tiny.outline(), rates=("/b$=16",), also=("^head/",))
+    for name in ("blocks/0-3/attn/q/adapter/a", "blocks/0-3/attn/q/adapter/b"):
+        assert plus.pace(name) == named.pace(name)
+    assert named.pace("head/kernel") == Pace()
+
+
+@pytest.mark.parametrize("entry", ["^head/", "^head/=0", "^head/=-1", "^head/=fast", "=2", "^head/=inf"])
+def test_a_rate_that_is_none_is_refused(entry):
+    with pytest.raises(ValueError, match="is not a regular expression and a positive factor; write for example"):
+        METHODS["full"](tiny.outline(), rates=(entry,))
+
+
+def test_a_rate_of_what_does_not_learn_is_refused(home):
+    config = runs.config(home, method=dict(name="lora", rates=("^head/=10",)))
+    with pytest.raises(ValueError, match=r"method.rates: '\^head/' matches no leaf that learns. There are: .*adapter/a"):
+        build.parts(config)

@@ -69,6 +69,20 @@ def test_every_mesh_gives_the_losses_of_one_device(method, sizes):
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("init", ["default", "orthogonal"])
+def test_the_first_steps_of_adam_do_not_make_much_of_what_meshes_round_otherwise(init):
+    settings = {"rank": 4, "init": init}
+
+    def changes(sizes):
+        """What the factors of each site come to. Their first steps follow signs, also of what is nearly zero."""
+        leaves = tree.flatten(run("lora", sizes, steps=12, settings=settings)[2].tuned)
+        return np.concatenate([(a @ leaves[name[:-1] + "b"]).ravel() for name, a in leaves.items() if name.endswith("/a")])
+
+    one = changes(None)
+    for sizes in ({"data": 8}, {"fsdp": 8}, {"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        assert np.linalg.norm(changes(sizes) - one) < 1e-4 * np.linalg.norm(one)
+
+
 def test_accumulation_over_a_mesh_gives_the_same_too():
     np.testing.assert_allclose(run("full", {"data": 2, "fsdp": 2}, accumulate=2)[0], run("full")[0], rtol=1e-6)
 
