@@ -24,7 +24,7 @@ Not yet run on that hardware by us, so no speed is promised.
 from ml_collections import ConfigDict
 
 # Microbatches of an update on each topology. All choices of 8 devices' rows may fall on one expert, and there is room for that.
-PLANS = {"lora,v5e:16x16": 1, "lora,v5p:4x4x4": 1, "lora,v6e:8x8": 4, "lora,h100:8": 16, "full,v5p:4x4x4": 2}
+PLANS = {"lora,v5e:16x16": 1, "lora,v5p:4x4x4": 1, "lora,v6e:8x8": 1, "lora,h100:8": 16, "full,v5p:4x4x4": 1}
 
 
 def get_config(arg: str = "lora") -> ConfigDict:

@@ -184,7 +184,7 @@ def test_rows_of_experts_elsewhere_may_hold_anything(monkeypatch):
     chosen = jnp.asarray(rng.integers(-3, 9, (B * T, K)))  # experts 0 to 3 are here
     share = jnp.asarray(rng.random((B * T, K)), jnp.float32)
     kernels = [leaves[f"{name}/kernel"][:4] for name in ("gate", "up", "down")]
-    run = lambda x, share, *kernels: (moe.mix(x, share, chosen, *kernels, E, "silu") * wave(x)).sum()  # noqa: E731
+    run = lambda x, share, *kernels: (moe.mix((E, "silu", None), x, share, chosen, *kernels) * wave(x)).sum()  # noqa: E731
     inputs = (x.reshape(-1, D), share, *kernels)
     expected = jax.jit(jax.value_and_grad(run, range(5)))(*inputs)
     rows = moe.rows_loops
@@ -195,6 +195,30 @@ def test_rows_of_experts_elsewhere_may_hold_anything(monkeypatch):
 
     monkeypatch.setattr(moe, "rows_loops", careless)
     close(jax.jit(jax.value_and_grad(run, range(5)))(*inputs), expected)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_piece_of_the_tokens_at_a_time_gives_what_all_of_them_give(monkeypatch, learns):
+    rng = np.random.default_rng(4)
+    x, share = jnp.asarray(rng.normal(size=(48, D)), jnp.float32), jnp.asarray(rng.random((48, K)), jnp.float32)
+    chosen = jnp.asarray(rng.integers(-2, 6, (48, K)))  # of 8 experts, 4 are here
+    kernels = [jnp.asarray(rng.normal(size=shape), jnp.float32) / 8 for shape in ((4, D, F), (4, D, F), (4, F, D))]
+    monkeypatch.setattr(moe, "ROWS", 1)
+    assert moe.pieces((48, K), 8) > 1 and 48 % moe.pieces((48, K), 8) == 0
+
+    def run(form):
+        total = lambda x, share, *kernels: (form((8, "silu", "highest"), x, share, chosen, *kernels) * wave(x)).sum()  # noqa: E731
+        return jax.make_jaxpr(jax.value_and_grad(total, range(5 if learns else 2)))(x, share, *kernels)
+
+    whole, pieces = run(moe.mix), run(moe.mixed)
+    close(*(jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x, share, *kernels) for jaxpr in (pieces, whole)))
+    rows = f"[{48 * K},{F}]"  # between the projections
+    assert rows in str(whole) and rows not in str(pieces)
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(4096 * 4, 1), (4096 * 4 + 2, 1), (4096 * 32, 8), (4096 * 24, 4), (3 * 2**15 + 2, 2)])
+def test_pieces_divide_the_tokens_and_give_an_expert_a_thousand_rows_or_more(tokens, count):
+    assert moe.pieces((tokens, 8), 128) == count
 
 
 def test_a_token_alone_gets_what_it_gets_among_others():
@@ -347,6 +371,10 @@ def test_no_device_keeps_the_gathered_kernels_of_all_layers():
         return jnp.square(jax.lax.scan(layer, x, weights)[0]).sum()
 
     with jax.set_mesh(where):
+        gradient = jax.make_jaxpr(jax.grad(loss))(x, stacked).jaxpr
         text = jax.jit(jax.grad(loss)).lower(x, stacked).compile().as_text()
     assert f"f32[{E},{width},{hidden}]" in text  # one layer's, where it is used
     assert f"f32[{layers},{E},{width},{hidden}]" not in text and f"f32[{layers},{E},{hidden},{width}]" not in text
+    # Of what lies between the projections, of all rows: what gate and up give, and nothing that is made from it.
+    forward = next(eqn for eqn in gradient.eqns if eqn.primitive.name == "scan")
+    assert [leaf.aval.shape for leaf in forward.outvars].count((layers, 8 * T * K, hidden)) == 2

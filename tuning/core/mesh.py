@@ -140,18 +140,29 @@ def row_count(where: Mesh) -> int:
     return math.prod(where.shape[axis] for axis in RULES["batch"])
 
 
+def inside() -> bool:
+    """Whether what is traced is one device's part of a program (`jax.shard_map`), where arrays are parts of arrays."""
+    found = jax.sharding.get_abstract_mesh()
+    return found.are_all_axes_manual and not found.empty
+
+
+def here() -> AbstractMesh:
+    """The mesh of `jax.set_mesh`; an empty one without it, and inside of one device's part of a program."""
+    return AbstractMesh((), ()) if inside() else jax.sharding.get_abstract_mesh()
+
+
 def pieces(size: int, axis: str) -> int:
     """Into how many pieces the mesh of `jax.set_mesh` splits a logical axis of this size."""
-    here = jax.sharding.get_abstract_mesh()
-    return 1 if here.empty else math.prod(here.shape[name] for name in names(spec((size,), (axis,), here)))
+    where = here()
+    return 1 if where.empty else math.prod(where.shape[name] for name in names(spec((size,), (axis,), where)))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Keep an activation where its logical axes say, on the mesh of `jax.set_mesh`; without a mesh, x itself."""
-    here = jax.sharding.get_abstract_mesh()
-    if here.empty or here.size == 1:
+    where = here()
+    if where.empty or where.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, here))
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, where))
 
 
 def gather(x: jax.Array) -> np.ndarray:
@@ -169,10 +180,10 @@ def by_rows(function: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[T
     The batch is arrays [B, T, ...], and so are the rows that come out; a part is some of the sequences, or a piece of each.
     Inside, a loop can add up gradients of whole weights without a reduction over devices in every turn.
     """
-    here = jax.sharding.get_abstract_mesh()
+    where = here()
 
     def run(weights, *batch):
-        split = PartitionSpec() if here.empty else spec(batch[0].shape[:2], ("batch", "sequence"), here)
+        split = PartitionSpec() if where.empty else spec(batch[0].shape[:2], ("batch", "sequence"), where)
         axes = names(split)
         if not axes:
             return function(weights, *batch)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tuning.core import tree
+from tuning.core import mesh, tree
 from tuning.core.types import Batch, Head, Inputs, Mean, Tree
 from tuning.nn.cache import Cache
 from tuning.nn.sites import Outline, Site, Sites
@@ -52,7 +52,7 @@ class Network:
 
     def _call(self, method: str, params: Tree, *inputs):
         # nnx.merge fills leaves by position, so a renamed leaf would land silently in another's place.
-        if wrong := tree.difference(self.abstract, params):
+        if not mesh.inside() and (wrong := tree.difference(self.abstract, params)):
             raise ValueError(f"These parameters are not this network's: {wrong}.")
         with nnx.use_eager_sharding(False):
             state = jax.tree.map(lambda x: x, self.structure)

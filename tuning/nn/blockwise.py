@@ -65,7 +65,7 @@ def attend(
     each head SCORES of them exist at a time, and short sequences are one block. On a mesh that splits sequences, a device does so with the
     queries that it has.
     """
-    here, given = jax.sharding.get_abstract_mesh(), (q_BTNH, k_BSKH, v_BSKH, queries, keys, bias)
+    here, given = mesh.here(), (q_BTNH, k_BSKH, v_BSKH, queries, keys, bias)
     if here.empty or (split := mesh.spec(queries.segments.shape[1:], ("sequence",), here)) == P(None):
         return _blocks(how, *given, key)
 

@@ -101,7 +101,7 @@ attend.defvjp(_forward, _backward)
 
 
 def _spread(settings: Settings, q_BTNH, k_BSKH, v_BSKH, marks: Marks) -> jax.Array:
-    here, (T, N) = jax.sharding.get_abstract_mesh(), q_BTNH.shape[1:3]
+    here, (T, N) = mesh.here(), q_BTNH.shape[1:3]
     parts, form = mesh.pieces(T, "sequence"), cudnn if settings.form == "cudnn" else splash
     alike = settings.how.window is None and not settings.how.causal  # a part of the queries sees what all see
     kernel = None if form is cudnn else splash_kernel(settings, T // parts, T, N // mesh.pieces(N, "heads"), 1 if alike else parts)

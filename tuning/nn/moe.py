@@ -7,6 +7,7 @@ an expert; S = B T tokens in one row, M = S K choices of all tokens, ordered by 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from tuning.nn.mlp import ACTIVATIONS
 from tuning.nn.sites import NOTHING, Site
 
 Sums = dict[str, jax.Array]
+How = tuple[int, str, str | None]  # experts in all, activation, precision of the products
+ROWS = 1024  # of an expert, at a time: enough that its multiplications, not reading its kernels, take the time
 
 per_expert = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
 
@@ -61,6 +64,12 @@ class MoE(nnx.Module):
         return spread(settings, x_BTD, logits_BTE, real_BT, *kernels)
 
 
+# For the backward pass products are kept, and which rows they are of; what else there is, is made again from these. Whole kernels of a
+# layer are gathered again: kept, those of all layers would lie on every device.
+KEPT = ("cond", "scan", "while", "ragged_dot_general", "dot_general", "top_k", "sort", "cumsum")
+again = functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name in KEPT, prevent_cse=False)
+
+
 def balance(sums: Sums) -> Mean:
     """The load balancing loss (Fedus et al., 2021, arXiv:2101.03961, eq. 4 to 6), from the sums of all layers added up.
 
@@ -77,11 +86,13 @@ def spread(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD) -> 
 
     Where the axis `expert` splits both the rows and the experts, every device of the axis gathers the rows of all, works with the experts
     that it has, and the results are added on the way back to where the rows belong. (Sending each token only to its experts would move
-    less, but the messages would need a fixed size, and tokens beyond it would be dropped.)
+    less, but the messages would need a fixed size, and tokens beyond it would be dropped.) One device's part of a program over that axis
+    (`jax.shard_map`) does just this.
     """
-    here = jax.sharding.get_abstract_mesh()
+    here = mesh.here()
     if here.empty or here.size == 1:
-        return route(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD)
+        axis = "expert" if mesh.inside() else None
+        return route(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD, axis=axis, gathers=axis is not None)
     rows = mesh.spec(x_BTD.shape, ("batch", "sequence", None), here)
     expert, fsdp, tensor = mesh.spec(up_EDF.shape, ("experts", "embed", "mlp"), here)
     into, out = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
@@ -95,8 +106,7 @@ def spread(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD) -> 
             leaf = jax.lax.all_gather(leaf, fsdp, axis=axis, tiled=True)
         return leaf
 
-    # Whole kernels of a layer are gathered again in the backward pass: kept, those of all layers would lie on every device.
-    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name != "all_gather", prevent_cse=False)
+    @again
     def local(x_BTD, logits_BTE, real_BT, gate, up, down):
         gate, up, down = (jax.tree.map(gathered, *pair) for pair in zip((gate, up, down), places, strict=True))
         y_BTD, sums = route(settings, x_BTD, logits_BTE, real_BT, gate, up, down, axis=expert, gathers=gathers)
@@ -131,12 +141,66 @@ def route(settings, x_BTD, logits_BTE, real_BT, gate_XDF, up_XDF, down_XFD, axis
     if gathers:
         x_BTD, share_BTK, chosen_BTK = (jax.lax.all_gather(y, axis, tiled=True) for y in (x_BTD, share_BTK, chosen_BTK))
     rows = (x_BTD.reshape(-1, x_BTD.shape[-1]), share_BTK.reshape(-1, K), chosen_BTK.reshape(-1, K) - first)
-    y_BTD = mix(*rows, gate_XDF, up_XDF, down_XFD, E, activation).reshape(x_BTD.shape)
+    how = E, activation, jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    form = mixed if pieces(rows[-1].shape, E) > 1 else mix
+    y_BTD = jnp.asarray(form(how, *rows, gate_XDF, up_XDF, down_XFD)).reshape(x_BTD.shape)
     return (jax.lax.psum_scatter(y_BTD, axis, tiled=True) if gathers else y_BTD), sums
 
 
-def mix(x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD, experts: int, activation: str) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mixed(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> jax.Array:
+    """`mix`, of so many tokens at a time that ROWS of their choices fall on an expert on average.
+
+    What lies between the projections is as large as if every choice fell on an expert that is here. So each piece of the tokens has it for
+    itself, and the backward pass makes it again.
+    """
+    count, kernels = pieces(chosen_SK.shape, how[0]), (gate_XDF, up_XDF, down_XFD)
+    y = jax.lax.map(lambda given: mix(how, *given, *kernels), _cut(count, (x_SD, share_SK, chosen_SK)))  # pyright: ignore
+    return y.reshape(x_SD.shape)
+
+
+def pieces(choices: tuple[int, ...], experts: int) -> int:
+    """Of (tokens, choices of each): a power of two by which the tokens can be divided."""
+    tokens, per_token = choices
+    most = max(1, tokens * per_token // (ROWS * experts))
+    return min(tokens & -tokens, 1 << (most.bit_length() - 1))
+
+
+def _cut(count: int, rows: Any) -> Any:
+    return jax.tree.map(lambda x: x.reshape(count, -1, x.shape[1]), rows)
+
+
+def _mixed_forward(how, x_SD, share_SK, chosen_SK, *kernels):
+    values = jax.tree.map(lambda leaf: leaf.value, (x_SD, share_SK, chosen_SK, *kernels), is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+    learns = any(leaf.perturbed for leaf in jax.tree.leaves(kernels, is_leaf=lambda leaf: hasattr(leaf, "perturbed")))
+    return mixed(how, *values), (values, () if learns else None)
+
+
+def _mixed_backward(how, kept, dy_SD):
+    (x_SD, share_SK, chosen_SK, *kernels), learns = kept
+
+    def piece(sums, given):
+        x, share, chosen, dy = given
+        if learns is None:
+            _, pull = jax.vjp(lambda x, share: mix(how, x, share, chosen, *kernels), x, share)
+            return sums, pull(dy)
+        _, pull = jax.vjp(lambda x, share, kernels: mix(how, x, share, chosen, *kernels), x, share, kernels)
+        *own, gradients = pull(dy)
+        return jax.tree.map(lambda total, one: total + one.astype(jnp.float32), sums, gradients), own
+
+    zeros = None if learns is None else [jnp.zeros(kernel.shape, jnp.float32) for kernel in kernels]
+    count = pieces(chosen_SK.shape, how[0])
+    sums, (dx, dshare) = jax.lax.scan(piece, zeros, _cut(count, (x_SD, share_SK, chosen_SK, dy_SD)))
+    of_kernels = [None] * 3 if sums is None else [total.astype(kernel.dtype) for total, kernel in zip(sums, kernels, strict=True)]
+    return dx.reshape(x_SD.shape), dshare.reshape(share_SK.shape), None, *of_kernels
+
+
+mixed.defvjp(_mixed_forward, _mixed_backward, symbolic_zeros=True)
+
+
+def mix(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> jax.Array:
     """The sum over the experts that are here, [S, D]; those of a token's choices that do not lie in [0, X) are elsewhere."""
+    experts, activation, precision = how
     (S, D), K, X = x_SD.shape, share_SK.shape[1], up_XDF.shape[0]
     here_SK = (chosen_SK >= 0) & (chosen_SK < X)
     expert_M = jnp.where(here_SK, chosen_SK, X).reshape(-1)
@@ -145,7 +209,7 @@ def mix(x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD, experts: int, act
     sizes_X = (expert_M[:, None] == jnp.arange(X)[None]).sum(0, dtype=jnp.int32)
     # Nothing may come in from the rows past the last expert's, where a grouped product may leave anything, NaN too.
     inside_M1 = (jnp.arange(S * K) < sizes_X.sum())[:, None]
-    settings = block_size(S * K, experts), jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    settings = block_size(S * K, experts), precision
 
     def multiply(x, kernel) -> jax.Array:
         return grouped(settings, x, kernel, sizes_X)  # pyright: ignore[reportReturnType]

@@ -22,10 +22,11 @@ LOOPS = ("scan", "while", "cond")
 MADE = (
     "dot_general", "conv_general_dilated", "gather", "scatter", "scatter-add", "scatter_add", "sort", "pallas_call", "concatenate",
     "dynamic_update_slice", "cumsum", "top_k", "ragged_dot_general", "ragged_dot", "argsort", "reduce_sum", "reduce_max", "reduce_and",
-    "argmax", "random_bits", "custom_call", "platform_index", *LOOPS,
+    "argmax", "random_bits", "custom_call", "platform_index", "all_gather", "reduce_scatter", *LOOPS,
 )  # fmt: skip
 VIEWS = ("reshape", "squeeze", "expand_dims", "convert_element_type", "transpose", "copy", "optimization_barrier")
 LANES = 128
+SCALAR = 8  # bytes
 SMALLER = 0.75  # a result of less than this share of what it is made of is kept in its place
 SHORT = 256  # a product over no more numbers than this is added up where its sum lies
 
@@ -62,17 +63,15 @@ class Peak:
 
 @dataclasses.dataclass(frozen=True)
 class Habits:
-    """slices: share of what a loop reads a slice of in each turn that is made anew (1: it is gathered from its shards).
-    grown: {rows: how many times larger than traced the arrays of so many rows are}."""
+    """slices: share of what a loop reads a slice of in each turn that is made anew (1: it is gathered from its shards)."""
 
     slices: float = 0.0
-    grown: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     def nbytes(self, aval: Any) -> int:
         """Bytes of an array; of one that ends in heads, [..., T, H], with H filled up to LANES."""
         shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
         padded = (*shape[:-1], -(-shape[-1] // LANES) * LANES) if len(shape) >= 4 and shape[-1] >= LANES // 4 else shape
-        return int(math.prod(padded) * getattr(dtype, "itemsize", 0) * (self.grown.get(shape[0], 1.0) if shape else 1.0))
+        return int(math.prod(padded) * getattr(dtype, "itemsize", 0))
 
 
 def peak(
@@ -95,6 +94,9 @@ def peak(
     for op in scans:
         for v in set(op.outputs[op.params["num_carry"] :]) - _stacked(op, habits):
             size[v] = 0.0
+    for op in f.ops:
+        if op.name == "cond" and all(v < 0 or f.sizes[v] <= SCALAR for v in op.inputs):  # constants, which are folded into what reads them
+            size = [0.0 if v in op.outputs else s for v, s in enumerate(size)]
     births, deaths = _lives(f, size, final)
     stacks = {v for op in scans for v in op.outputs[op.params["num_carry"] :]} - final
     best, live, kept = Peak(0, 0), 0.0, 0.0
@@ -190,13 +192,13 @@ def _summed(f: Flat) -> set[int]:
 
 
 def _stacked(scan: Op, habits: Habits) -> set[int]:
-    """Those stacked results of a loop that are there: what follows from a turn's own slices alone is made again where it is read, and what
-    is the same but for its shape is there once."""
+    """Those stacked results of a loop that are there: what is computed element by element from a turn's own slices alone is made again
+    where it is read, and what is the same but for its shape is there once."""
     carries, before = scan.params["num_carry"], scan.params["num_consts"] + scan.params["num_carry"]
     body = flat(scan.params["jaxpr"].jaxpr, habits)
     moving, same = set(body.inputs[scan.params["num_consts"] : before]), {}
     for op in body.ops:
-        if moving.intersection(op.inputs):
+        if op.name in MADE or moving.intersection(op.inputs):
             moving.update(op.outputs)
         if op.name in VIEWS and op.inputs[0] >= 0:
             same[op.outputs[0]] = same.get(op.inputs[0], op.inputs[0]), body.sizes[op.outputs[0]]

@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice
+from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from tuning import build
 from tuning.core import config as configs
@@ -28,10 +29,7 @@ from tuning.plan import liveness
 from tuning.training import state
 
 AHEAD = 0.85  # of what the other layers of a turn gather, that is there too
-SPLIT = {
-    "tensor": ("heads", "kv_heads", "hidden", "expert_hidden", "vocab_size"),
-    "expert": ("experts",),
-}  # fields of a config, by mesh axis
+SPLIT = ("heads", "kv_heads", "hidden", "expert_hidden", "vocab_size")  # fields of a config, by the axis tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,20 +95,9 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
     traced, names = _traced(parts)
     gathers = m.mesh.shape["fsdp"] > 1
     held = lambda i: 1.0 if gathers and i < len(names) and stack.layer_range(names[i]) is None else 0.0  # noqa: E731
-    habits = liveness.Habits(1.0 if gathers else 0.0, _grown(parts))
+    habits = liveness.Habits(1.0 if gathers else 0.0)
     found = liveness.peak(traced, habits, held, lambda i, size: results[i] if i < len(results) else size)
     return dataclasses.replace(found, bytes=max(0, found.bytes - sum(results)))
-
-
-def _grown(parts: build.Parts) -> dict[int, float]:
-    """Where experts are split, every device gathers the rows of all, and has a place for each of their choices (see nn/moe.py): how many
-    times as many as in the part of the network that is traced."""
-    config, split = parts.model.source.config, parts.model.mesh.shape["expert"]
-    if split == 1 or not getattr(config, "experts", 0) or config.experts % split:
-        return {}
-    own = sharded(config, dict(parts.model.mesh.shape)).per_token
-    rows = parts.settings.batch_size // parts.settings.accumulate // meshes.row_count(parts.model.mesh)
-    return {rows * parts.train.length // parts.model.mesh.shape["context"] * own: split * config.per_token / own}
 
 
 def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
@@ -124,6 +111,8 @@ def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
     alone = meshes.over(meshes.Absent(1, AbstractDevice("", None, "tpu")))
     method = configs.bind(build.SECTIONS, parts.config, "method")(build.outline(source))
     own = build.model(source, method, alone)
+    split = mesh.shape["expert"]
+    across = lambda x: P(*("expert" if axis == "expert" and split > 1 else None for axis in x.sharding.spec))  # noqa: E731
     rows = parts.settings.batch_size // parts.settings.accumulate // meshes.row_count(mesh)
     batch = loader.abstract(parts.train, rows, alone)
     base = None if parts.base is None else build.base(own)
@@ -138,6 +127,11 @@ def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
 
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, x.shape[1] // mesh.shape["context"]), x.dtype), batch)
     bare = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for x in (*tree.split(own.layout, own.tuned), batch)]
+    if split > 1:  # one device's part of what the axis of the experts exchanges
+        places = [jax.tree.map(across, leaves) for leaves in tree.split(m.layout, m.tuned)]
+        gradients = jax.shard_map(
+            gradients, mesh=AbstractMesh((split,), ("expert",)), in_specs=(*places, P()), out_specs=places[0], check_vma=False
+        )
     paths = [jax.tree_util.tree_flatten_with_path(leaves)[0] for leaves in bare[:2]]
     names = ["/".join(str(key.key) for key in path if hasattr(key, "key")) for leaves in paths for path, _ in leaves]
     return jax.make_jaxpr(gradients)(*bare).jaxpr, names
@@ -149,16 +143,11 @@ def sharded(config: Any, sizes: dict[str, int]) -> Any:
         return dataclasses.replace(config, encoder=sharded(config.encoder, sizes), decoder=sharded(config.decoder, sizes))
     fields = {field.name for field in dataclasses.fields(config)}
     changed = {}
-    for axis, names in SPLIT.items():
-        for name in fields.intersection(names):
-            size = getattr(config, name)
-            changed[name] = size // sizes[axis] if size % sizes[axis] == 0 else size
+    for name in fields.intersection(SPLIT):
+        size = getattr(config, name)
+        changed[name] = size // sizes["tensor"] if size % sizes["tensor"] == 0 else size
     if "kv_heads" in changed and changed["heads"] % changed["kv_heads"]:
         changed["kv_heads"] = changed["heads"]
-    if "per_token" in fields and changed.get("experts"):
-        # Two choices of a token at least: their rows are told from the tokens' by their number.
-        changed["experts"] = max(changed["experts"], min(2, config.experts))
-        changed["per_token"] = min(max(config.per_token, 2), changed["experts"])
     if "scale" in fields:
         changed["scale"] = config.scale or config.head_dim**-0.5
     return dataclasses.replace(config, **changed)
