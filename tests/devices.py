@@ -6,7 +6,7 @@ def environment(count: int = 8) -> dict[str, str]:
     flags = (
         f"--xla_force_host_platform_device_count={count}",
         # Tiny programs are compiled more often than run: less effort on their machine code halves the time of the tests.
-        "--xla_backend_optimization_level=0",
+        "--xla_backend_optimization_level=1",
         "--xla_cpu_use_fusion_emitters=false",
         # The devices share few cores: where one waits long for the others, that is no deadlock.
         "--xla_cpu_collective_call_terminate_timeout_seconds=300",

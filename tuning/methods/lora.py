@@ -152,8 +152,7 @@ def lora(
     alphas  the same for alpha
     dora    lengths and directions of the kernel's columns learn apart (DoRA: Liu et al., 2024, arXiv:2402.09353)
     b_rate  B's learning rate is so many times A's (LoRA+: Hayou et al., 2024, arXiv:2402.12354, who take 16)
-    init    "default"     A uniform and B zero, so that the network starts exactly at its base
-            "gaussian"    A normal with deviation 1 / rank, and B zero
+    init    "default"     A uniform and B zero, so that the network starts exactly at its base; "gaussian": A normal with deviation 1 / rank
             "orthogonal"  A and B normal with deviation sqrt(1/200), in halves of the R dimensions that are orthogonal: A B is zero, to
                           rounding, though neither is, and both learn from the first step on
             "pissa"       the kernel's first singular vectors, without which it stays behind (Meng et al., 2024, arXiv:2404.02948)
@@ -161,9 +160,8 @@ def lora(
             "loftq"       the first singular vectors of what quantising takes from the kernel, so that the network starts closer to what was
                           published (LoftQ: Li et al., 2023, arXiv:2310.08659, with one iteration, which leaves the codes as they are)
 
-    Adam's first steps follow signs, so they make more of what rounding differs in from mesh to mesh. "default" and "orthogonal" are robust
-    to that: after 12 steps in float32 the changes A B of different meshes were within 6e-6 of one another, relative to their size; those
-    of "gaussian" within 4e-5, and those of an A at zero under a drawn B, which is not offered, within 4e-3.
+    Adam's first steps follow signs, so they make more of what meshes round otherwise. "default" and "orthogonal" are robust: in float32
+    A B of different meshes was within 6e-6 of its size after 12 steps; "gaussian" within 4e-5, an A at zero (not offered) within 4e-3.
     """
     kernels.check(rank=rank, alpha=alpha, dropout=dropout)
     sites = _chosen(outline, targets, init, dora)

@@ -55,7 +55,13 @@ class Topology:
     def targets(self) -> list[Any]:
         """The devices to compile for. ValueError, with the remedy, where there is no compiler for them on this machine."""
         if self.tpu:
-            return _absent_tpus(self.name.partition("*")[2] or self.name, self.slices)
+            found = _absent_tpus(self.name.partition("*")[2] or self.name, self.slices)
+            if len(found) != self.devices:  # v4, whose two cores JAX makes one device of
+                raise ValueError(
+                    f"--topology={self.name}: the TPU compiler describes it as {len(found)} devices, and it has {self.devices}: what it "
+                    "made of a step would be another program. Leave out --compile."
+                )
+            return found
         here = jax.devices()
         same = self.chip is not None and chips.of(here[0].device_kind) is self.chip
         if not same or len(here) < self.devices:
