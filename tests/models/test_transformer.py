@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tuning.core import mesh as meshes
 from tuning.core import tree
 from tuning.core.types import Batch
 from tuning.models.transformer import TransformerConfig
@@ -136,3 +137,11 @@ def test_every_matmul_has_the_precision_that_the_config_asks_for(precision):
     dots = [line for line in text.splitlines() if "dot_general" in line]
     exact = [line for line in dots if "precision = [HIGHEST, HIGHEST]" in line]
     assert len(dots) > 20 and len(exact) == (len(dots) if precision == "highest" else 0)
+
+
+@pytest.mark.parametrize(("sizes", "dealt"), [({"data": 2, "fsdp": 4}, True), ({"fsdp": 4, "expert": 2}, False)], ids=str)
+def test_embedded_tokens_are_looked_up_by_columns_and_dealt_out(sizes, dealt):
+    net = tiny.build()
+    with jax.set_mesh(meshes.over(jax.devices(), **sizes)):
+        text = str(jax.make_jaxpr(lambda params, batch: net.apply(params, batch)[0])(net.abstract, tiny.batch()))
+    assert ("spec=P('data', None, 'fsdp')" in text) == dealt

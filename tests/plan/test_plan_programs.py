@@ -11,6 +11,7 @@ from tuning.plan import assigned, compile, hlo, topology
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install libtpu")
 
 WIDTH, HIDDEN, VOCABULARY, LENGTH, RANK, DEVICES = 512, 1536, 32_000, 1024, 16, 8
+ON_CHIP = 128 * 2**20  # bytes of a v5e's vector memory
 LLAMA = {
     "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 4096, "tie_word_embeddings": False,
@@ -79,7 +80,7 @@ def test_a_program_does_not_grow_with_the_number_of_layers(program):
 
 
 def test_the_memory_is_that_of_the_finished_program(program):
-    """Ended early, the compiler has said what it says at the end; jax leaves the gaps between buffers out."""
+    """Ended early, the compiler has said what it says at the end; jax leaves the gaps between buffers out, and counts what lies on the chip."""
     config = {
         "model": dict(path="openai-community/gpt2", dtype="bfloat16", remat="full"), "method": dict(name="partial", parts=("biases",)),
         "mesh": dict(data=1, fsdp=-1), "data": dict(train=dict(length=256)), "train": dict(batch_size=4),
@@ -90,4 +91,4 @@ def test_the_memory_is_that_of_the_finished_program(program):
 
     late = compile.compile(build.parts(config, sketch=where.targets()))
     assert early.collectives == late.collectives
-    assert 0.95 <= late.hbm_bytes / early.hbm_bytes <= 1.0
+    assert 0.95 * early.hbm_bytes <= late.hbm_bytes <= early.hbm_bytes + ON_CHIP

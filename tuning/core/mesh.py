@@ -32,6 +32,7 @@ AXES = ("dcn", "data", "fsdp", "expert", "context", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dcn", "data", "fsdp", "expert"),  # outside the experts, the expert axis is one more axis of copies
+    "copies": ("dcn", "data"),  # rows that are looked up together
     "sequence": ("context",),  # the time of activations; whoever looks along it gathers
     "embed": ("fsdp",),  # the width of the residual stream, in parameters
     "vocab": ("tensor",),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tuning.core import mesh
 from tuning.nn.sites import Project, Site, Sites
 
 fan_in = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -46,6 +47,10 @@ class Embedding(nnx.Module):
     def _lookup(self, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         table_VD = self.table[...]
         x_BTD = jnp.take(table_VD, jnp.minimum(tokens_BT, table_VD.shape[0] - 1), axis=0).astype(dtype)
+        if mesh.here().shape.get("expert", 1) == 1:
+            # A device looks its columns up for all rows that share them, and they are dealt out. Left to itself, the compiler may send all
+            # rows to all devices.
+            x_BTD = mesh.constrain(x_BTD, "copies", "sequence", "embed")
         if self.added is None:
             return x_BTD
         added_ND = self.added[...].astype(dtype)
