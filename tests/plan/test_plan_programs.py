@@ -80,7 +80,7 @@ def test_a_program_does_not_grow_with_the_number_of_layers(program):
 
 
 def test_the_memory_is_that_of_the_finished_program(program):
-    """Ended early, the compiler has said what it says at the end; jax leaves the gaps between buffers out, and counts what lies on the chip."""
+    """Ended early, the compiler has said what it says at the end; jax leaves out gaps between buffers, and counts what lies on the chip."""
     config = {
         "model": dict(path="openai-community/gpt2", dtype="bfloat16", remat="full"), "method": dict(name="partial", parts=("biases",)),
         "mesh": dict(data=1, fsdp=-1), "data": dict(train=dict(length=256)), "train": dict(batch_size=4),
