@@ -25,8 +25,8 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 class Compiled:
     """A compiled train step; bytes are those of one device.
 
-    hbm_bytes    of its main memory that the program takes while it runs, by the compiler's own account; of one for TPUs that was compiled to
-                 the end jax says it, without gaps between buffers (1 % or so) and with what lies on the chip (128 MiB or less)
+    hbm_bytes    of its main memory that the program takes while it runs, by the compiler's own account; of a finished program for TPUs jax
+                 says it, without gaps between buffers (1 % or so) and with what lies on the chip (128 MiB or less)
     seconds      that compiling took
     collectives  {kind: {"count", "bytes"}} of one step
     largest      (bytes, type, what it is) of its largest buffers
