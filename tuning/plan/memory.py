@@ -111,8 +111,6 @@ def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
     alone = meshes.over(meshes.Absent(1, AbstractDevice("", None, "tpu")))
     method = configs.bind(build.SECTIONS, parts.config, "method")(build.outline(source))
     own = build.model(source, method, alone)
-    split = mesh.shape["expert"]
-    across = lambda x: P(*("expert" if axis == "expert" and split > 1 else None for axis in x.sharding.spec))  # noqa: E731
     rows = parts.settings.batch_size // parts.settings.accumulate // meshes.row_count(mesh)
     batch = loader.abstract(parts.train, rows, alone)
     base = None if parts.base is None else build.base(own)
@@ -127,7 +125,8 @@ def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
 
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, x.shape[1] // mesh.shape["context"]), x.dtype), batch)
     bare = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), x) for x in (*tree.split(own.layout, own.tuned), batch)]
-    if split > 1:  # one device's part of what the axis of the experts exchanges
+    if (split := mesh.shape["expert"]) > 1:  # one device's part of what the axis of the experts exchanges
+        across = lambda x: P(*(axis if axis == "expert" else None for axis in x.sharding.spec))  # noqa: E731
         places = [jax.tree.map(across, leaves) for leaves in tree.split(m.layout, m.tuned)]
         gradients = jax.shard_map(
             gradients, mesh=AbstractMesh((split,), ("expert",)), in_specs=(*places, P()), out_specs=places[0], check_vma=False
