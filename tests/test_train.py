@@ -113,7 +113,7 @@ def test_two_processes_in_one_directory_are_refused(home, tmp_path):
 
 def test_the_best_checkpoint_is_kept_and_the_run_stops_when_nothing_improves(home, tmp_path):
     config = runs.config(
-        home, optimizer__learning_rate=30.0, optimizer__schedule={"name": "constant"}, eval={"every": 1, "patience": 2}, train__steps=20
+        home, optimizer__learning_rate=3.0, optimizer__schedule={"name": "constant"}, eval={"every": 1, "patience": 2}, train__steps=20
     )
     final = tuning.train(config, tmp_path / "run")
     assert final["step"] < 20 and final["best/eval/loss"] < final["eval/loss"]
