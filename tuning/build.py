@@ -93,8 +93,9 @@ class Model:
         return learns(self.source, self.method, name)
 
     def pace(self, name: str) -> Pace:
-        """How fast a leaf learns. What is new starts at once, whatever the method says of its place."""
-        return Pace() if is_new(self.source, name) else self.method.pace(name)
+        """How fast a leaf learns. What is new starts at once, whatever the method says of its place; rates by rule are for all."""
+        factor = next((factor for pattern, factor in self.method.rates if tree.matches(pattern, name)), 1.0)
+        return (Pace() if is_new(self.source, name) else self.method.pace(name)).times(factor)
 
     def moves(self, name: str) -> bool:
         """Whether training changes a leaf. Others may be tuned too, at rate 0: those that a checkpoint must hold."""
@@ -135,7 +136,7 @@ def model(source: Source, method: Method, where: Mesh, masters: str = "float32",
     network = network or _network(source, method, where, method.sites)
     tuned = functools.partial(learns, source, method)
     shapes = {name: leaf.shape for name, leaf in tree.flatten(network.abstract).items()}
-    for pattern in method.rated:
+    for pattern, _ in method.rates:
         if not any(tree.matches(pattern, name) for name in shapes if tuned(name)):
             raise ValueError(
                 f"method.rates: {pattern!r} matches no leaf that learns. There are: {tree.listing(filter(tuned, shapes), 40)}."

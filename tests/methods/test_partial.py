@@ -159,16 +159,19 @@ def test_the_stages_of_partial_tuning_are_those_in_which_something_begins():
     assert ends("head/kernel") == Pace(1.0, 0) and ends("embed/table") == Pace(1.0, 10)
 
 
-def test_rates_by_rule_multiply_those_of_the_method_and_the_first_rule_counts():
-    head_first = METHODS["full"](tiny.outline(), layer_decay=0.5, rates=("^head/=10", "attn/q=2", "attn/=3"))
-    assert head_first.pace("head/kernel") == Pace(10.0, 0) and head_first.pace("norm/scale") == Pace(1.0, 0)
-    assert head_first.pace("blocks/0-3/attn/q/kernel") == Pace((1 / 8, 1 / 4, 1 / 2, 1.0), (0, 0, 0, 0))
-    assert head_first.pace("blocks/2-3/attn/o/kernel") == Pace((3 / 4, 3 / 2), (0, 0))
-    plus = METHODS["lora"](tiny.outline(), b_rate=16.0)
-    named = METHODS["lora"](tiny.outline(), rates=("/b$=16",), also=("^head/",))
-    for name in ("blocks/0-3/attn/q/adapter/a", "blocks/0-3/attn/q/adapter/b"):
-        assert plus.pace(name) == named.pace(name)
-    assert named.pace("head/kernel") == Pace()
+def test_rates_by_rule_multiply_those_of_the_method_and_the_first_rule_counts(home):
+    def pace(leaf, **method):
+        return build.parts(runs.config(home, method=method)).model.pace(leaf)
+
+    full = dict(name="full", layer_decay=0.5, rates=("^norm/=10", "attn/q=2", "attn/=3", "attn/q=7", "attn/q=2"))
+    assert pace("norm/scale", **full) == Pace(10.0, 0) and pace("embed/table", **full) == Pace(1 / 8, 0)
+    assert pace("blocks/0-1/attn/q/kernel", **full) == Pace((1 / 2, 1.0), (0, 0))
+    assert pace("blocks/0-1/attn/o/kernel", **full) == Pace((3 / 4, 3 / 2), (0, 0))
+    for leaf in "ab":
+        name = f"blocks/0-1/attn/q/adapter/{leaf}"
+        assert pace(name, name="lora", b_rate=16.0) == pace(name, name="lora", rates=("/b$=16",)) == Pace(16.0 if leaf == "b" else 1.0)
+    config = runs.config(home, method=dict(name="lora", rates=("^embed/added=5",)), model__added_tokens=("<new>",))
+    assert build.parts(config).model.pace("embed/added") == Pace(5.0)  # what is new starts at once, and goes by the rules too
 
 
 @pytest.mark.parametrize("entry", ["^head/", "^head/=0", "^head/=-1", "^head/=fast", "=2", "^head/=inf"])

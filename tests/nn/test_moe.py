@@ -210,7 +210,7 @@ def test_a_piece_of_the_tokens_at_a_time_gives_what_all_of_them_give(monkeypatch
         total = lambda x, share, *kernels: (form((8, "silu", "highest"), x, share, chosen, *kernels) * wave(x)).sum()  # noqa: E731
         return jax.make_jaxpr(jax.value_and_grad(total, range(5 if learns else 2)))(x, share, *kernels)
 
-    whole, pieces = run(moe.mix), run(moe.mixed)
+    whole, pieces = run(moe.mix), run(moe.mix_in_pieces)
     close(*(jax.core.eval_jaxpr(jaxpr.jaxpr, jaxpr.consts, x, share, *kernels) for jaxpr in (pieces, whole)))
     rows = f"[{48 * K},{F}]"  # between the projections
     assert rows in str(whole) and rows not in str(pieces)

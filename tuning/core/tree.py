@@ -66,12 +66,14 @@ def nbytes(tree: Tree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def difference(expected: Tree, given: Tree, limit: int = 8) -> str:
-    """What stands between two trees of arrays, as text: missing, unexpected and misshaped leaves; "" if nothing does."""
+def difference(expected: Tree, given: Tree, limit: int = 8, shapes: bool = True) -> str:
+    """What stands between two trees of arrays, as text: missing, unexpected and, unless `shapes` do not count, misshaped leaves; "" if
+    nothing does."""
     want, have = flatten(expected), flatten(given)
-    shapes = [f"{n} {have[n].shape}, expected {want[n].shape}" for n in want if n in have and have[n].shape != want[n].shape]
+    both = [n for n in want if n in have and shapes]
+    misshaped = [f"{n} {have[n].shape}, expected {want[n].shape}" for n in both if have[n].shape != want[n].shape]
     kinds = [("missing", [n for n in want if n not in have]), ("unexpected", [n for n in have if n not in want])]
-    return "; ".join(f"{kind}: {listing(names, limit)}" for kind, names in [*kinds, ("wrong shape", shapes)] if names)
+    return "; ".join(f"{kind}: {listing(names, limit)}" for kind, names in [*kinds, ("wrong shape", misshaped)] if names)
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:

@@ -31,6 +31,10 @@ class Pace(NamedTuple):
     rate: float | tuple[float, ...] = 1.0
     begin: int | tuple[int, ...] = 0
 
+    def times(self, factor: float) -> Pace:
+        """The same with another rate."""
+        return self._replace(rate=tuple(factor * rate for rate in self.rate) if isinstance(self.rate, tuple) else factor * self.rate)
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -46,7 +50,8 @@ class Method:
             are no such parameters
     bare    parameters -> the same without what only training needs
     pace    how fast the leaf of this name learns
-    rated   regular expressions by which `pace` was asked to go; each is to match a leaf that learns
+    rates   (regular expression, factor of the rates of leaves that it matches): for each leaf the first counts; each is to match one that
+            learns
     slots   positions that are kept free before the tokens of every example, for what the method puts there
     penalty tuned leaves -> a scalar that is added to the loss that is lowered; None where nothing is
     gain    what the leaf of this name is multiplied by where it is used: c times the leaf does what gain c would
@@ -63,7 +68,7 @@ class Method:
     fold: Callable[[Tree], Tree] | None = lambda params: params
     bare: Callable[[Tree], Tree] = lambda params: params
     pace: Callable[[str], Pace] = lambda name: Pace()
-    rated: tuple[str, ...] = ()
+    rates: tuple[tuple[str, float], ...] = ()
     slots: int = 0
     penalty: Callable[[Tree], jax.Array] | None = None
     gain: Callable[[str], float] = lambda name: 1.0

@@ -51,8 +51,8 @@ class Network:
         return self._call("remember", params, inputs, cache)
 
     def _call(self, method: str, params: Tree, *inputs):
-        # nnx.merge fills leaves by position, so a renamed leaf would land silently in another's place.
-        if not mesh.inside() and (wrong := tree.difference(self.abstract, params)):
+        # nnx.merge fills leaves by position, so a renamed leaf would land silently in another's place. A device's own are parts of leaves.
+        if wrong := tree.difference(self.abstract, params, shapes=not mesh.inside()):
             raise ValueError(f"These parameters are not this network's: {wrong}.")
         with nnx.use_eager_sharding(False):
             state = jax.tree.map(lambda x: x, self.structure)

@@ -23,6 +23,7 @@ from tuning.nn.sites import NOTHING, Site
 
 Sums = dict[str, jax.Array]
 How = tuple[int, str, str | None]  # experts in all, activation, precision of the products
+KEPT = ("cond", "scan", "while", "ragged_dot_general", "dot_general", "top_k", "sort", "cumsum")
 ROWS = 1024  # of an expert, at a time: enough that its multiplications, not reading its kernels, take the time
 
 per_expert = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
@@ -64,12 +65,6 @@ class MoE(nnx.Module):
         return spread(settings, x_BTD, logits_BTE, real_BT, *kernels)
 
 
-# For the backward pass products are kept, and which rows they are of; what else there is, is made again from these. Whole kernels of a
-# layer are gathered again: kept, those of all layers would lie on every device.
-KEPT = ("cond", "scan", "while", "ragged_dot_general", "dot_general", "top_k", "sort", "cumsum")
-again = functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name in KEPT, prevent_cse=False)
-
-
 def balance(sums: Sums) -> Mean:
     """The load balancing loss (Fedus et al., 2021, arXiv:2101.03961, eq. 4 to 6), from the sums of all layers added up.
 
@@ -106,7 +101,9 @@ def spread(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD) -> 
             leaf = jax.lax.all_gather(leaf, fsdp, axis=axis, tiled=True)
         return leaf
 
-    @again
+    # For the backward pass products are kept, and which rows they are of; what else there is, is made again from these. Whole kernels of a
+    # layer are gathered again: kept, those of all layers would lie on every device.
+    @functools.partial(jax.checkpoint, policy=lambda primitive, *_, **__: primitive.name in KEPT, prevent_cse=False)
     def local(x_BTD, logits_BTE, real_BT, gate, up, down):
         gate, up, down = (jax.tree.map(gathered, *pair) for pair in zip((gate, up, down), places, strict=True))
         y_BTD, sums = route(settings, x_BTD, logits_BTE, real_BT, gate, up, down, axis=expert, gathers=gathers)
@@ -142,17 +139,17 @@ def route(settings, x_BTD, logits_BTE, real_BT, gate_XDF, up_XDF, down_XFD, axis
         x_BTD, share_BTK, chosen_BTK = (jax.lax.all_gather(y, axis, tiled=True) for y in (x_BTD, share_BTK, chosen_BTK))
     rows = (x_BTD.reshape(-1, x_BTD.shape[-1]), share_BTK.reshape(-1, K), chosen_BTK.reshape(-1, K) - first)
     how = E, activation, jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    form = mixed if pieces(rows[-1].shape, E) > 1 else mix
-    y_BTD = jnp.asarray(form(how, *rows, gate_XDF, up_XDF, down_XFD)).reshape(x_BTD.shape)
+    form = mix_in_pieces if pieces(rows[-1].shape, E) > 1 else mix
+    y_BTD = form(how, *rows, gate_XDF, up_XDF, down_XFD).reshape(x_BTD.shape)  # pyright: ignore[reportAttributeAccessIssue]
     return (jax.lax.psum_scatter(y_BTD, axis, tiled=True) if gathers else y_BTD), sums
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def mixed(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> jax.Array:
+def mix_in_pieces(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> jax.Array:
     """`mix`, of so many tokens at a time that ROWS of their choices fall on an expert on average.
 
     What lies between the projections is as large as if every choice fell on an expert that is here. So each piece of the tokens has it for
-    itself, and the backward pass makes it again.
+    itself, and the backward pass makes it again. The gradients of kernels that learn are added up in float32.
     """
     count, kernels = pieces(chosen_SK.shape, how[0]), (gate_XDF, up_XDF, down_XFD)
     y = jax.lax.map(lambda given: mix(how, *given, *kernels), _cut(count, (x_SD, share_SK, chosen_SK)))  # pyright: ignore
@@ -160,7 +157,7 @@ def mixed(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> ja
 
 
 def pieces(choices: tuple[int, ...], experts: int) -> int:
-    """Of (tokens, choices of each): a power of two by which the tokens can be divided."""
+    """Into how many pieces (S tokens, K choices of each) are cut: a power of two that divides S."""
     tokens, per_token = choices
     most = max(1, tokens * per_token // (ROWS * experts))
     return min(tokens & -tokens, 1 << (most.bit_length() - 1))
@@ -170,32 +167,28 @@ def _cut(count: int, rows: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(count, -1, x.shape[1]), rows)
 
 
-def _mixed_forward(how, x_SD, share_SK, chosen_SK, *kernels):
-    values = jax.tree.map(lambda leaf: leaf.value, (x_SD, share_SK, chosen_SK, *kernels), is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
-    learns = any(leaf.perturbed for leaf in jax.tree.leaves(kernels, is_leaf=lambda leaf: hasattr(leaf, "perturbed")))
-    return mixed(how, *values), (values, () if learns else None)
+def _mixed_forward(how, *leaves):
+    x_SD, share_SK, chosen_SK, *kernels = values = jax.tree.map(lambda leaf: leaf.value, leaves)
+    learn = any(leaf.perturbed for leaf in jax.tree.leaves(leaves[3:]))
+    return mix_in_pieces(how, *values), (x_SD, share_SK, chosen_SK, kernels, kernels if learn else [])
 
 
 def _mixed_backward(how, kept, dy_SD):
-    (x_SD, share_SK, chosen_SK, *kernels), learns = kept
+    x_SD, share_SK, chosen_SK, kernels, learning = kept
 
     def piece(sums, given):
         x, share, chosen, dy = given
-        if learns is None:
-            _, pull = jax.vjp(lambda x, share: mix(how, x, share, chosen, *kernels), x, share)
-            return sums, pull(dy)
-        _, pull = jax.vjp(lambda x, share, kernels: mix(how, x, share, chosen, *kernels), x, share, kernels)
-        *own, gradients = pull(dy)
-        return jax.tree.map(lambda total, one: total + one.astype(jnp.float32), sums, gradients), own
+        _, pull = jax.vjp(lambda x, share, *own: mix(how, x, share, chosen, *(own or kernels)), x, share, *learning)
+        dx, dshare, *gradients = pull(dy)
+        return [total + one.astype(jnp.float32) for total, one in zip(sums, gradients, strict=True)], (dx, dshare)
 
-    zeros = None if learns is None else [jnp.zeros(kernel.shape, jnp.float32) for kernel in kernels]
-    count = pieces(chosen_SK.shape, how[0])
-    sums, (dx, dshare) = jax.lax.scan(piece, zeros, _cut(count, (x_SD, share_SK, chosen_SK, dy_SD)))
-    of_kernels = [None] * 3 if sums is None else [total.astype(kernel.dtype) for total, kernel in zip(sums, kernels, strict=True)]
-    return dx.reshape(x_SD.shape), dshare.reshape(share_SK.shape), None, *of_kernels
+    pieced = _cut(pieces(chosen_SK.shape, how[0]), (x_SD, share_SK, chosen_SK, dy_SD))
+    sums, (dx, dshare) = jax.lax.scan(piece, [jnp.zeros(kernel.shape, jnp.float32) for kernel in learning], pieced)
+    gradients = [total.astype(kernel.dtype) for total, kernel in zip(sums, learning, strict=True)] or [None] * 3
+    return dx.reshape(x_SD.shape), dshare.reshape(share_SK.shape), None, *gradients
 
 
-mixed.defvjp(_mixed_forward, _mixed_backward, symbolic_zeros=True)
+mix_in_pieces.defvjp(_mixed_forward, _mixed_backward, symbolic_zeros=True)
 
 
 def mix(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> jax.Array:

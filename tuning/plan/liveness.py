@@ -96,7 +96,8 @@ def peak(
             size[v] = 0.0
     for op in f.ops:
         if op.name == "cond" and all(v < 0 or f.sizes[v] <= SCALAR for v in op.inputs):  # constants, which are folded into what reads them
-            size = [0.0 if v in op.outputs else s for v, s in enumerate(size)]
+            for v in op.outputs:
+                size[v] = 0.0
     births, deaths = _lives(f, size, final)
     stacks = {v for op in scans for v in op.outputs[op.params["num_carry"] :]} - final
     best, live, kept = Peak(0, 0), 0.0, 0.0
