@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 import signal
 import time
@@ -10,9 +11,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+import transformers
 
 import tuning
-from tests import runs
+from tests import checkpoints, runs
 from tests.methods.test_methods import SETTINGS
 from tuning import api, build, weights
 from tuning.core import tree
@@ -119,6 +121,34 @@ def test_so_are_they_on_eight_devices(home, alone, tmp_path, monkeypatch):
     train_many(different(home, mesh={"data": 2, "fsdp": 4}), paths := [tmp_path / str(k) for k in range(3)])
     for one, other in zip(alone, paths, strict=True):
         same(one, other, rel=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2}, {"dcn": 2, "context": 2, "tensor": 2}], ids=str)
+def test_copies_of_the_base_have_members_of_their_own(home, alone, tmp_path, monkeypatch, mesh):
+    """What passes between copies is each step's measures, and nothing else."""
+    here = jax.local_devices()[: math.prod(mesh.values())]
+    monkeypatch.setattr(jax, "devices", lambda *_: here)
+    texts, original = [], many.compiled
+    monkeypatch.setattr(many, "compiled", lambda *args: texts.append(original(*args)) or texts[-1])
+    train_many(different(home, mesh=mesh)[:2], paths := [tmp_path / str(k) for k in range(2)])
+    for one, other in zip(alone, paths, strict=False):
+        same(one, other, rel=1e-5)
+    passed = re.findall(r"= (.*) (?:all-\w+|reduce-scatter|collective-\w+)\(", texts[0].func.as_text())
+    if len(here) == 2:
+        assert passed and not [shapes for shapes in passed if not re.fullmatch(r"[sf]32\[2\]\{0\}", shapes)]
+
+
+def test_a_group_over_experts(home, tmp_path, monkeypatch):
+    words, path = transformers.AutoTokenizer.from_pretrained(home / "model"), tmp_path / "model"
+    checkpoints.tiny("mixtral", path, vocab_size=len(words), num_hidden_layers=1, bos_token_id=None, eos_token_id=0, pad_token_id=1)
+    words.save_pretrained(path)
+    configs = [config | {"model": {"path": str(path)}} for config in different(home, train__steps=4)[:2]]
+    for k, config in enumerate(configs):
+        tuning.train(config, tmp_path / f"alone {k}")
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:4])
+    train_many([c | {"mesh": {"data": 2, "expert": 2}} for c in configs], [tmp_path / str(k) for k in range(2)])
+    for k in range(2):
+        same(tmp_path / f"alone {k}", tmp_path / str(k), rel=1e-5)
 
 
 def test_a_group_is_compiled_once_and_multiplies_its_base_once(together):

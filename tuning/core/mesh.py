@@ -33,6 +33,7 @@ AXES = ("dcn", "data", "fsdp", "expert", "context", "tensor")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("dcn", "data", "fsdp", "expert"),  # outside the experts, the expert axis is one more axis of copies
     "copies": ("dcn", "data"),  # rows that are looked up together
+    "members": ("dcn", "data"),  # runs in one program
     "sequence": ("context",),  # the time of activations; whoever looks along it gathers
     "embed": ("fsdp",),  # the width of the residual stream, in parameters
     "vocab": ("tensor",),
@@ -110,7 +111,7 @@ def spec(shape: Sequence[int], axes: Sequence[str | None], where: Mesh | jax.sha
     """How an array with these logical axes is split. KeyError for a logical axis without a rule."""
     found: list[Any] = []
     for size, axis in zip(shape, axes, strict=True):
-        split: list[str] = [a for a in (RULES[axis] if axis else ()) if where.shape[a] > 1]
+        split: list[str] = [a for a in (RULES[axis] if axis else ()) if where.shape.get(a, 1) > 1]
         divides = size % math.prod(where.shape[a] for a in split) == 0
         found.append((tuple(split) if len(split) > 1 else split[0]) if split and divides else None)
     return PartitionSpec(*found)
@@ -136,6 +137,17 @@ def rows(where: Mesh) -> NamedSharding:
     return NamedSharding(where, PartitionSpec(RULES["batch"]))
 
 
+def members(count: int, where: Mesh) -> PartitionSpec:
+    """How so many runs in one program are split: over the copies of the model, where these divide them."""
+    return spec((count,), ("members",), where)
+
+
+def member_rows(count: int, where: Mesh) -> NamedSharding:
+    """The sharding of so many runs' batches [count, B, ...]: each over the batch axes that do not split the runs."""
+    split = members(count, where)
+    return NamedSharding(where, PartitionSpec(*split, tuple(axis for axis in RULES["batch"] if axis not in names(split))))
+
+
 def row_count(where: Mesh) -> int:
     """Into how many pieces a batch is split; batch sizes must be a multiple of it."""
     return math.prod(where.shape[axis] for axis in RULES["batch"])
@@ -148,8 +160,12 @@ def inside() -> bool:
 
 
 def here() -> AbstractMesh:
-    """The mesh of `jax.set_mesh`; an empty one without it, and inside of one device's part of a program."""
-    return AbstractMesh((), ()) if inside() else jax.sharding.get_abstract_mesh()
+    """The mesh of `jax.set_mesh`, less the axes of whose parts what is traced is one; an empty one without any."""
+    found = jax.sharding.get_abstract_mesh()
+    if not found.manual_axes:
+        return found
+    left = {axis: size for axis, size in found.shape.items() if axis not in found.manual_axes}
+    return AbstractMesh(tuple(left.values()), tuple(left), axis_types=(AxisType.Auto,) * len(left))
 
 
 def pieces(size: int, axis: str) -> int:

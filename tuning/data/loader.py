@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from tuning.core import mesh as meshes
 from tuning.core.types import Batch
@@ -113,7 +113,7 @@ def _epochs(count: int, text: int = 0, *, seed: int) -> Order:
 
 def abstract(rows: RowSource, count: int, mesh: Mesh, members: tuple[int, ...] = ()) -> Batch:
     """Shapes, dtypes and shardings of a batch of so many rows, or of the batches of so many members, stacked."""
-    sharding = NamedSharding(mesh, PartitionSpec(*(None for _ in members), *meshes.rows(mesh).spec))
+    sharding = meshes.member_rows(members[0], mesh) if members else meshes.rows(mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*members, count, *x.shape), x.dtype, sharding=sharding), rows.abstract)
 
 
@@ -128,13 +128,14 @@ def place(rows: RowSource, indices: Sequence[int] | np.ndarray, mesh: Mesh) -> B
     blank = [np.zeros(leaf.shape[indices.ndim :], leaf.dtype) for leaf in leaves]
 
     @functools.cache  # devices that hold the same rows, and the arrays, share one piece
-    def piece(start: int, stop: int) -> list[np.ndarray]:
-        chosen = [jax.tree.leaves(rows[int(i)]) if i < len(rows) else blank for i in indices[..., start:stop].ravel()]
-        return [np.stack(arrays).reshape(*members, stop - start, *arrays[0].shape) for arrays in zip(*chosen, strict=True)]
+    def piece(*bounds: tuple[int, int]) -> list[np.ndarray]:
+        some = indices[tuple(itertools.starmap(slice, bounds))]
+        chosen = [jax.tree.leaves(rows[int(i)]) if i < len(rows) else blank for i in some.ravel()]
+        return [np.stack(arrays).reshape(*some.shape, *arrays[0].shape) for arrays in zip(*chosen, strict=True)]
 
     def held(number: int, index: tuple[slice, ...] | None) -> np.ndarray:
         assert index
-        return piece(*index[len(members)].indices(count)[:2])[number]
+        return piece(*(part.indices(size)[:2] for part, size in zip(index, indices.shape, strict=False)))[number]
 
     arrays = [jax.make_array_from_callback(x.shape, x.sharding, functools.partial(held, i)) for i, x in enumerate(leaves)]
     return structure.unflatten(arrays)

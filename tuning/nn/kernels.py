@@ -112,7 +112,8 @@ def _spread(settings: Settings, q_BTNH, k_BSKH, v_BSKH, marks: Marks) -> jax.Arr
     batch, sequence, heads, _ = own = mesh.spec(q_BTNH.shape, ("batch", "sequence", "heads", None), here)
     place = kernel and kernel.manual_sharding_spec(NamedSharding(here, P(None, None if alike else sequence)))
     keys, marked = P(batch, None, heads), (Marks(x, x) for x in (P(batch, sequence), P(batch)))
-    run = jax.shard_map(functools.partial(form, settings), in_specs=(place, own, keys, keys, *marked), out_specs=own, check_vma=False)
+    specs, axes = (place, own, keys, keys, *marked), set(here.axis_names)
+    run = jax.shard_map(functools.partial(form, settings), in_specs=specs, out_specs=own, axis_names=axes, check_vma=False)
     return run(kernel, q_BTNH, k_BSKH, v_BSKH, marks, marks)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.custom_batching import sequential_vmap
 from jax.sharding import PartitionSpec as P
 
 from tuning.core import keys, mesh
@@ -111,7 +112,8 @@ def spread(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD) -> 
 
     # What is still to be added up leaves with an axis of its own and is added outside: a sum inside would be repeated in the backward pass.
     specs = (rows, rows, P(*rows[:2]), *places)
-    run = jax.shard_map(local, in_specs=specs, out_specs=(P(apart or None, *rows), P(mesh.names(rows) or None)), check_vma=False)
+    outs = P(apart or None, *rows), P(mesh.names(rows) or None)
+    run = jax.shard_map(local, in_specs=specs, out_specs=outs, axis_names=set(here.axis_names), check_vma=False)
     y, sums = run(x_BTD, logits_BTE, real_BT, *kernels)
     return mesh.constrain(jax.lax.reduce_sum(y, (0,)), "batch", "sequence", None), jax.tree.map(lambda x: x.sum(0), sums)
 
@@ -278,7 +280,7 @@ def _backward(settings, kept, dy_MF):
     dx_MD = _rows(settings, dy_MF, kernel_EDF, sizes_E, 2)
     if x_MD is None:  # the kernel does not learn
         return dx_MD, None, None
-    return dx_MD, _kernels(settings, x_MD, dy_MF, sizes_E), None
+    return dx_MD, sequential_vmap(functools.partial(_kernels, settings))(x_MD, dy_MF, sizes_E), None
 
 
 grouped.defvjp(_forward, _backward, symbolic_zeros=True)
@@ -286,8 +288,11 @@ grouped.defvjp(_forward, _backward, symbolic_zeros=True)
 
 def _rows(settings, x_MD, kernel_EDF, sizes_E, contract: int) -> jax.Array:
     """Each row times its expert's kernel, whose axis `contract` is summed over."""
-    native, loops = (functools.partial(function, settings, contract) for function in (rows_native, rows_loops))
+    native, loops = (sequential_vmap(functools.partial(function, settings, contract)) for function in (rows_native, rows_loops))
     return jax.lax.platform_dependent(x_MD, kernel_EDF, sizes_E, tpu=native, default=loops)
+
+
+# Members of a group (training/many.py) take turns: ragged_dot cannot be mapped over rows alone, and a mapped loop copies what it adds to.
 
 
 def rows_native(settings, contract: int, x_MD, kernel_EDF, sizes_E) -> jax.Array:

@@ -16,7 +16,7 @@ from typing import Any
 # Their jaxpr stands in the place where they are called.
 CALLS = (
     "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call",
-    "custom_vjp_call_jaxpr", "shard_map", "custom_lin", "named_call",
+    "custom_vjp_call_jaxpr", "custom_vmap_call", "shard_map", "custom_lin", "named_call",
 )  # fmt: skip
 LOOPS = ("scan", "while", "cond")
 MADE = (
@@ -128,7 +128,7 @@ def flat(jaxpr: Any, habits: Habits) -> Flat:
         at = lambda var: -1 if hasattr(var, "val") else known[var]  # noqa: E731
         for eqn in jaxpr.eqns:
             ins = [at(var) for var in eqn.invars]
-            inner = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
+            inner = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call") if key in eqn.params), None)
             if eqn.primitive.name in CALLS and inner is not None:
                 inner = getattr(inner, "jaxpr", inner)
                 outs = walk(inner, ins[len(ins) - len(inner.invars) :])

@@ -179,7 +179,9 @@ def _train(runs: Sequence[api.Opened], argv: Sequence[str], hears: Sequence[api.
     m, settings, first = whole.model, whole.settings, runs[0].first
     display = Display(f"{len(runs)} runs", settings.steps, 0, first)
     said = [api.summary(p) for p in parts]
-    display.say(f"{len(runs)} runs in one program: {', '.join(names)}\n{said[0]}")
+    apart = meshes.pieces(len(runs), "members")
+    where = f", {len(runs) // apart} on each of {apart} copies of the base" if apart > 1 else ""
+    display.say(f"{len(runs)} runs in one program{where}: {', '.join(names)}\n{said[0]}")
     if (saved := runs[0].checkpoints.last()) is None:
         start, metas = begun(parts, whole), [{} for _ in runs]
     else:
@@ -219,8 +221,9 @@ def largest_of(parts: Sequence[build.Parts]) -> build.Parts:
 
 def program(parts: Sequence[build.Parts], whole: build.Parts, start: TrainState) -> Callable:
     """(stacked state, stacked batch) -> (stacked state, stacked measures): one train step of all, compiled."""
-    batch = loader.abstract(whole.train, whole.settings.batch_size, whole.model.mesh, (len(parts),))
-    return many.compiled(many.train_step(functools.partial(_member_step, whole)), _numbers(parts, whole), start, batch)
+    batch = loader.abstract(whole.train, whole.settings.batch_size, where := whole.model.mesh, (len(parts),))
+    stepping = many.train_step(functools.partial(_member_step, whole), meshes.members(len(parts), where), where)
+    return many.compiled(stepping, _numbers(parts, whole), start, batch)
 
 
 def _layouts(parts: Sequence[build.Parts]) -> list[Tree]:
@@ -289,13 +292,14 @@ def _member_step(whole: build.Parts, numbers: dict[str, Any]) -> Callable:
 
 def _judge(parts: Sequence[build.Parts], whole: build.Parts) -> Callable[[TrainState], list[dict[str, float]]]:
     """state -> each member's measures on the held-out data, which all of them read at once."""
-    all_gains = _numbers(parts, whole)["gains"]
+    all_gains, where = _numbers(parts, whole)["gains"], whole.model.mesh
 
     def one(gains: Any, tuned: Tree, frozen: Tree, batch: Any) -> Any:
         apply = many.gained(whole.model.network.apply, gains)
         return step.eval_step(apply, whole.loss, whole.base)(tree.merge(tuned, frozen), batch)
 
-    each = jax.jit(jax.vmap(one, in_axes=(0, 0, None, None)))
+    each = many.mapped(one, (0, 0, None, None), 0, meshes.members(len(parts), where), where)
+    each = jax.jit(each, out_shardings=meshes.replicated(where))
 
     def judge(s: TrainState) -> list[dict[str, float]]:
         found: list[dict[str, float]] = [{} for _ in parts]

@@ -1,8 +1,11 @@
 """Many runs in one compiled program over one frozen base: the members of a group, each with its own tuned leaves and optimiser state.
 
 The program is one run's train step, mapped over the members. Frozen leaves are not mapped: a projection of the base multiplies the rows of
-all members at once. Each member's own loop (loop.steps) logs, evaluates, saves and stops as if it were alone; the loops take turns, and the
-first that asks for a step has it made for all. A member that has ended keeps its place in the program, and nobody looks there any more.
+all members at once. Where the copies of the base on a mesh divide the number of members, each copy has members of its own, and nothing but
+measures passes between copies in a step; elsewhere every member's rows are split over the copies, as those of a run alone.
+
+Each member's own loop (loop.steps) logs, evaluates, saves and stops as if it were alone; the loops take turns, and the first that asks for
+a step has it made for all. A member that has ended keeps its place in the program, and nobody looks there any more.
 
 Shapes: K members; "..." what the array of a run alone has.
 """
@@ -33,15 +36,30 @@ Numbers = Tree  # what members differ in: arrays [K, ...], in one member's step 
 OWN: Any = TrainState(None, 0, None, 0)  # where the axis of the members is in a state: step and frozen leaves are everyone's
 
 
-def train_step(make: Callable[[Numbers], Callable[[TrainState, Batch], tuple[TrainState, Means]]]) -> Callable:
+def train_step(
+    make: Callable[[Numbers], Callable[[TrainState, Batch], tuple[TrainState, Means]]], split: PartitionSpec, where: Mesh
+) -> Callable:  # fmt: skip
     """(numbers, state, batch) -> (state, means), all stacked, from `make`: the numbers of one member -> its train step."""
-    return jax.vmap(lambda numbers, state, batch: make(numbers)(state, batch), in_axes=(0, OWN, 0), out_axes=(OWN, 0))
+    each = lambda numbers, state, batch: make(numbers)(state, batch)  # noqa: E731
+    return mapped(each, (0, OWN, 0), (OWN, 0), split, where)
+
+
+def mapped(each: Callable, in_axes: Any, out_axes: Any, split: PartitionSpec, where: Mesh) -> Callable:
+    """jax.vmap of `each` over members that are split so (`mesh.members`): every copy of the base has its own of them."""
+    together = jax.vmap(each, in_axes=in_axes, out_axes=out_axes)
+    if not (axes := set(meshes.names(split))):
+        return together
+    if all(size == 1 for axis, size in where.shape.items() if axis not in axes):
+        axes = set(where.axis_names)
+    specs = lambda of: jax.tree.map(lambda axis: PartitionSpec() if axis is None else split, of, is_leaf=lambda x: x is None)  # noqa: E731
+    return jax.shard_map(together, mesh=where, in_specs=specs(in_axes), out_specs=specs(out_axes), axis_names=axes, check_vma=False)
 
 
 def compiled(step: Callable, numbers: Numbers, state: TrainState, batch: Batch) -> Callable[[TrainState, Batch], tuple[TrainState, Means]]:
-    """The train step compiled for these, the state donated and kept where it is."""
+    """The train step compiled for these, the state donated and kept where it is, the measures on every device."""
     places = jax.tree.map(lambda x: x.sharding, state)
-    program = jax.jit(step, donate_argnums=1, out_shardings=(places, None)).lower(numbers, state, batch).compile()
+    shardings = places, meshes.replicated(state.step.sharding.mesh)  # pyright: ignore[reportAttributeAccessIssue]
+    program = jax.jit(step, donate_argnums=1, out_shardings=shardings).lower(numbers, state, batch).compile()
     return functools.partial(program, numbers)
 
 
@@ -51,7 +69,8 @@ def layout(members: Sequence[Tree]) -> Tree:
     def leaf(*own):
         shape = (len(own), *map(max, zip(*(x.shape for x in own), strict=True)))
         place = own[0].sharding
-        return jax.ShapeDtypeStruct(shape, own[0].dtype, sharding=NamedSharding(place.mesh, PartitionSpec(None, *place.spec)))
+        split = PartitionSpec(*meshes.members(len(own), place.mesh), *place.spec)
+        return jax.ShapeDtypeStruct(shape, own[0].dtype, sharding=NamedSharding(place.mesh, split))
 
     return jax.tree.map(leaf, *members)
 
