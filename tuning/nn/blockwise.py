@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from tuning.core import mesh
 
-SCORES = 512 * 512  # of one head, that exist at a time
+QUERIES, SCORES = 128, 512 * 512  # of one head, that there are at most at a time
 EVERYWHERE = -1  # the segment of keys that all queries see
 
 
@@ -61,9 +61,9 @@ def attend(
     key   turns on dropout
     The G = N / K queries that share a key stand under one another, so that every product is a plain batch of matrices. The softmax is
     computed in float32. The backward pass makes the scores again, from each row's logarithm of its sum (Dao et al., 2022,
-    arXiv:2205.14135), instead of keeping them. Both take one block of queries after another (Rabe and Staats, 2021, arXiv:2112.05682): for
-    each head SCORES of them exist at a time, and short sequences are one block. On a mesh that splits sequences, a device does so with the
-    queries that it has.
+    arXiv:2205.14135), instead of keeping them. Both take one block of queries after another (Rabe and Staats, 2021, arXiv:2112.05682):
+    of each head QUERIES at most, and no more than make SCORES scores. On a mesh that splits sequences, a device does so with the queries
+    that it has.
     """
     here, given = mesh.here(), (q_BTNH, k_BSKH, v_BSKH, queries, keys, bias)
     if here.empty or (split := mesh.spec(queries.segments.shape[1:], ("sequence",), here)) == P(None):
@@ -99,10 +99,12 @@ def _exactly(function: Callable[..., Any]) -> Callable[..., Any]:
 def _attend(how, q_BTNH, k_BSKH, v_BSKH, queries, keys, bias, key):
     B, T, N, H = q_BTNH.shape
     k, v = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    count = -(-T * k.shape[2] // SCORES)
+    count = -(-T // max(1, min(QUERIES, SCORES // k.shape[2])))
     # Rows that fill up the last block belong to no segment and see at most what is seen everywhere; what they say is cut off.
     blocks = (jnp.arange(count), _matrices(q_BTNH, k.shape[1], count), jax.tree.map(lambda x: _rows(x, 1, count), queries))
     blocks += (_rows(bias, 1, count) if bias is not None and bias.ndim == 3 else None,)
+    # So that all of a block depends on the queries: jax makes what does not for all blocks at once, before the loop over layers.
+    blocks = jax.lax.optimization_barrier(blocks)
 
     def block(_, part):
         index, q, queries, own = part

@@ -24,7 +24,7 @@ from tuning.nn.sites import NOTHING, Site
 
 Sums = dict[str, jax.Array]
 How = tuple[int, str, str | None]  # experts in all, activation, precision of the products
-KEPT = ("cond", "scan", "while", "ragged_dot_general", "dot_general", "top_k", "sort", "cumsum")
+KEPT = ("cond", "custom_vmap_call", "scan", "while", "ragged_dot_general", "dot_general", "top_k", "sort", "cumsum")
 ROWS = 1024  # of an expert, at a time: enough that its multiplications, not reading its kernels, take the time
 
 per_expert = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
