@@ -127,7 +127,8 @@ class Stack(nnx.Module):
                 ask = store if name in stored else None
                 run = functools.partial(_run, graphs[i], context, kind, ask, None if memory is None else memory[i])
                 if self.remat != "none" and cache is None:
-                    run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=False)
+                    # Of several layers in a turn, none is made again before its gradient is there: compilers would make all at once.
+                    run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=len(segment) > 1)
                 x_BTD, new = run(weights[i], x_BTD, None if layer_keys is None else layer_keys[i])
                 x_BTD = mesh.constrain(x_BTD, "batch", "sequence", None)
                 measured |= {n: measured[n] + value if n in measured else value for n, value in new.items()}

@@ -63,9 +63,11 @@ class Peak:
 
 @dataclasses.dataclass(frozen=True)
 class Habits:
-    """slices: share of what a loop reads a slice of in each turn that is made anew (1: it is gathered from its shards)."""
+    """slices: share of what a loop reads a slice of in each turn that is made anew (1: it is gathered from its shards).
+    ahead: bytes that a loop over inputs has there besides, of what its turn will come to."""
 
     slices: float = 0.0
+    ahead: float = 0.0
 
     def nbytes(self, aval: Any) -> int:
         """Bytes of an array; of one that ends in heads, [..., T, H], with H filled up to LANES."""
@@ -106,7 +108,10 @@ def peak(
         born, dead = births.get(n, ()), deaths.get(n, ())
         live += sum(size[v] for v in born) - (sum(size[v] for v in dead) if in_place else 0.0)
         kept += sum(size[v] for v in born if v in stacks)
-        if (now := live + (_inside(op, habits) if op.name in LOOPS else 0.0)) > best.bytes:
+        inside = _inside(op, habits) if op.name in LOOPS else 0.0
+        if op.name == "scan" and not set(op.inputs[op.params["num_consts"] + op.params["num_carry"] :]).isdisjoint(f.inputs):
+            inside += habits.ahead
+        if (now := live + inside) > best.bytes:
             best = Peak(int(now), int(kept))
         live -= 0.0 if in_place else sum(size[v] for v in dead)
         kept -= sum(size[v] for v in dead if v in stacks)
@@ -212,6 +217,7 @@ def _stacked(scan: Op, habits: Habits) -> set[int]:
 
 def _inside(op: Op, habits: Habits) -> float:
     """What a loop takes in one turn, besides what it takes in and gives."""
+    habits = dataclasses.replace(habits, ahead=0.0)
     if op.name == "scan":
         body, before = op.params["jaxpr"].jaxpr, op.params["num_consts"] + op.params["num_carry"]
         # What a turn hands on is written where the loop's results lie, which count outside.

@@ -18,9 +18,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from tuning import build
+from tuning.core import chips, tree
 from tuning.core import config as configs
 from tuning.core import mesh as meshes
-from tuning.core import tree
 from tuning.core.types import Tree
 from tuning.data import loader
 from tuning.nn import stack
@@ -28,7 +28,9 @@ from tuning.nn.quantised import Quantised
 from tuning.plan import liveness
 from tuning.training import state
 
-AHEAD = 0.85  # of what the other layers of a turn gather, that is there too
+# Of what the other layers of a turn gather, that is there too; and on v5p, where weights are sums of copies that are zero elsewhere.
+AHEAD, AHEAD_ADDED = 0.25, 0.85
+TILE = 16  # rows of two bytes that a TPU keeps together
 SPLIT = ("heads", "kv_heads", "hidden", "expert_hidden", "vocab_size")  # fields of a config, by the axis tensor
 
 
@@ -75,7 +77,7 @@ def estimate(parts: build.Parts, peak: liveness.Peak | None = None) -> Memory:
     peak = temporaries(parts) if peak is None else peak
     copies = 2 if settings.accumulate > 1 else 1
     activations, logits = min(peak.kept, peak.bytes), min(_logits(parts), peak.bytes)
-    rest = max(0, peak.bytes - activations - logits) + _cast(parts) + _turned(parts) + _ahead(parts)
+    rest = max(0, peak.bytes - activations - logits) + _cast(parts) + _turned(parts)
     return Memory(
         on_device(start.frozen), gradients, copies * gradients, on_device(start.optimizer), activations, logits,
         on_device(loader.abstract(parts.train, settings.batch_size, m.mesh)), _cache(parts), rest,
@@ -93,11 +95,26 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
     tuned, _ = tree.split(m.layout, m.tuned)
     results = [on_device(leaf) for leaf in jax.tree.leaves(tuned)]
     traced, names = _traced(parts)
-    gathers = m.mesh.shape["fsdp"] > 1
-    held = lambda i: 1.0 if gathers and i < len(names) and stack.layer_range(names[i]) is None else 0.0  # noqa: E731
-    habits = liveness.Habits(1.0 if gathers else 0.0)
+    copies = gathered(parts)
+    held = lambda i: copies if i < len(names) and stack.layer_range(names[i]) is None else 0.0  # noqa: E731
+    habits = liveness.Habits(copies, copies * _ahead(parts))
     found = liveness.peak(traced, habits, held, lambda i, size: results[i] if i < len(results) else size)
     return dataclasses.replace(found, bytes=max(0, found.bytes - sum(results)))
+
+
+def gathered(parts: build.Parts) -> float:
+    """How often a weight that fsdp splits is there where it is used: twice where its shards are no whole tiles of a TPU, as it is put
+    together in another place then; but not where it is added up."""
+    split, config, where = parts.model.mesh.shape["fsdp"], parts.model.source.config, meshes.device(parts.model.mesh)
+    if split == 1:
+        return 0.0
+    apart = getattr(getattr(config, "decoder", config), "width", 0) // split % TILE
+    return 2.0 if apart and where.platform == "tpu" and not _adds(parts) else 1.0
+
+
+def _adds(parts: build.Parts) -> bool:
+    kind = meshes.device(parts.model.mesh).device_kind
+    return (chips.CHIPS.get(kind) or chips.of(kind)) is chips.CHIPS["v5p"]  # an absent device's kind is the chip's name
 
 
 def _traced(parts: build.Parts) -> tuple[Any, list[str]]:
@@ -167,14 +184,14 @@ def _turned(parts: build.Parts) -> int:
 
 
 def _ahead(parts: build.Parts) -> int:
-    """Weights that are gathered before their turn: where one turn of the loop is several layers, nearly all of them were seen at a time."""
+    """Weights that are gathered before their turn, where one turn of the loop is several layers."""
     m = parts.model
     spans = {n: (x, span) for n, x in tree.flatten(m.layout).items() if (span := stack.layer_range(n)) and span.step > 1}
-    if not spans or m.mesh.shape["fsdp"] == 1:
+    if not spans:
         return 0
     dtype, tensor = jnp.dtype(m.source.config.dtype), m.mesh.shape["tensor"]
     one_turn = sum(math.prod(x.shape) // len(span) for x, span in spans.values()) * dtype.itemsize // tensor
-    return int(AHEAD * one_turn * (1 - 1 / max(span.step for _, span in spans.values())))
+    return int((AHEAD_ADDED if _adds(parts) else AHEAD) * one_turn * (1 - 1 / max(span.step for _, span in spans.values())))
 
 
 def _logits(parts: build.Parts) -> int:

@@ -99,7 +99,7 @@ class Variants:
         """
         m = parts.model
         sizes = dict(m.mesh.shape)
-        pieces = sizes["fsdp"] if build.base_leaves(m) else min(sizes["fsdp"], 2)
+        pieces = sizes["fsdp"] if build.base_leaves(m) else memory.gathered(parts)
         shared = {key: parts.config[key] for key in ("model", "method", "objective", "data")}
         work = configs.plain(shared), meshes.device(m.mesh).device_kind, sizes["tensor"], sizes["expert"], sizes["context"], pieces
         return self._traced.setdefault(repr(work), {})
