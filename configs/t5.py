@@ -5,10 +5,10 @@
 Data: rows with `prompt`, which the encoder reads, and `completion`, which the decoder learns. Every argument trains on the same: 64 rows
 of 512 tokens read and 128 learned an update, 2,000 updates. `full` and `lora` alone are the first of their kind.
 
-    full,v5e:2x4   8 TPU v5e   plan: 2.1 of 15.8 GiB
-    full,v5e:2x2   4 TPU v5e   plan: 4.5 of 15.8 GiB
-    lora,v5e:2x4   8 TPU v5e   plan: 0.9 of 15.8 GiB
-    lora,v5e:2x2   4 TPU v5e   plan: 1.1 of 15.8 GiB
+    full,v5e:2x4   8 TPU v5e   plan: 2.0 of 15.8 GiB
+    full,v5e:2x2   4 TPU v5e   plan: 4.3 of 15.8 GiB
+    lora,v5e:2x4   8 TPU v5e   plan: 0.8 of 15.8 GiB
+    lora,v5e:2x2   4 TPU v5e   plan: 1.0 of 15.8 GiB
 
 Not yet run on that hardware by us, so no speed is promised.
 """
