@@ -287,12 +287,12 @@ grouped.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _rows(settings, x_MD, kernel_EDF, sizes_E, contract: int) -> jax.Array:
-    """Each row times its expert's kernel, whose axis `contract` is summed over."""
+    """Each row times its expert's kernel, whose axis `contract` is summed over.
+
+    Members of a group (training/many.py) take turns: `ragged_dot` cannot be mapped over rows alone, and a mapped loop copies its sums.
+    """
     native, loops = (sequential_vmap(functools.partial(function, settings, contract)) for function in (rows_native, rows_loops))
     return jax.lax.platform_dependent(x_MD, kernel_EDF, sizes_E, tpu=native, default=loops)
-
-
-# Members of a group (training/many.py) take turns: ragged_dot cannot be mapped over rows alone, and a mapped loop copies what it adds to.
 
 
 def rows_native(settings, contract: int, x_MD, kernel_EDF, sizes_E) -> jax.Array:
