@@ -103,8 +103,8 @@ def _attend(how, q_BTNH, k_BSKH, v_BSKH, queries, keys, bias, key):
     # Rows that fill up the last block belong to no segment and see at most what is seen everywhere; what they say is cut off.
     blocks = (jnp.arange(count), _matrices(q_BTNH, k.shape[1], count), jax.tree.map(lambda x: _rows(x, 1, count), queries))
     blocks += (_rows(bias, 1, count) if bias is not None and bias.ndim == 3 else None,)
-    # So that all of a block depends on the queries: jax makes what does not for all blocks at once, before the loop over layers.
-    blocks = jax.lax.optimization_barrier(blocks)
+    if count > 1:  # all of a block is to depend on the queries: jax makes what does not for all blocks at once, before the loop over layers
+        blocks = jax.lax.optimization_barrier(blocks)
 
     def block(_, part):
         index, q, queries, own = part
