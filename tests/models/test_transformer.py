@@ -53,12 +53,17 @@ def test_a_cut_stack_computes_the_same():
     np.testing.assert_allclose(logits(cut, tree.unflatten(leaves), batch), logits(whole, params, batch), atol=1e-6)
 
 
+@pytest.mark.parametrize("kinds", [(Kind(),), (Kind(window=5), Kind())], ids=["one a turn", "two a turn"])
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_no_gradient(remat):
-    plain, other = tiny.build(), tiny.build(dataclasses.replace(tiny.CONFIG, remat=remat))
+def test_rematerialisation_changes_no_gradient(remat, kinds):
+    """Layers that share a turn of the loop wait for their gradients, each behind a barrier; a single one need not."""
+    config = dataclasses.replace(tiny.CONFIG, kinds=kinds * (4 // len(kinds)))
+    plain, other = tiny.build(config), tiny.build(dataclasses.replace(config, remat=remat))
     params, batch = tiny.init(plain), tiny.batch()
     loss = lambda net: lambda p: jnp.square(net.apply(p, batch)[0]).mean()  # noqa: E731
-    one, two = (jax.jit(jax.grad(loss(net)))(params) for net in (plain, other))
+    lowered = [jax.jit(jax.grad(loss(net))).lower(params) for net in (plain, other)]
+    assert [text.as_text().count("optimization_barrier") for text in lowered] == [0, len(kinds) if len(kinds) > 1 else 0]
+    one, two = (text.compile()(params) for text in lowered)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * max(1.0, float(jnp.abs(a).max()))), one, two)
 
 

@@ -123,7 +123,7 @@ def test_splash_on_a_mesh_is_the_plain_formula(sizes):
 
 
 def program(T, layers=2, B=1, N=4, K=2, H=16):
-    """Two layers' passes, in a loop."""
+    """The passes of some layers, in a loop."""
     how = How(0.3, causal=True)
 
     def loss(q, k, v, segments, positions):

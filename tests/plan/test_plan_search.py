@@ -57,6 +57,14 @@ def test_what_is_found_is_the_best_of_all_that_fit(tmp_path, method):
     assert search.search(run, plans.devices(2, (sizes[0] - 1024) / variants.MARGIN / MIB)).candidates == []
 
 
+def test_what_is_gathered_of_shards_that_are_no_whole_tiles_is_there_twice(tmp_path):
+    run = Variants(plans.config(tmp_path / "model", rows=32, mesh=dict(data=1, fsdp=-1)))  # of width 256
+    times = lambda chip, count: memory.gathered(run.parts({}, plans.devices(count, 1000, chip)))  # noqa: E731
+    assert [times("v5e", 1), times("v5e", 16), times("v5e", 32), times("v5p", 32), times("h100", 32)] == [0, 1, 2, 1, 1]
+    used = {chip: memory.estimate(run.parts({}, plans.devices(32, 1000, chip))) for chip in ("v5e", "v5p")}
+    assert used["v5e"].temporaries > used["v5p"].temporaries
+
+
 def test_a_candidate_is_the_plan_of_its_flags_and_leaves_the_results_alone(tmp_path):
     config = plans.config(tmp_path / "model", train=dict(batch_size=4, accumulate=2), mesh=dict(data=1, fsdp=-1))
     where = plans.devices(2, 60)

@@ -75,5 +75,5 @@ CHIPS: dict[str, Chip] = {chip.name: chip for chip in TABLE}
 
 
 def of(device_kind: str) -> Chip | None:
-    """The chip that a jax.Device's `device_kind` names; None if it is not known."""
-    return next((chip for chip in CHIPS.values() if re.fullmatch(chip.kinds, device_kind)), None)
+    """The chip that a jax.Device's `device_kind` names, or its name, which is the kind of an absent device; None if it is not known."""
+    return CHIPS.get(device_kind) or next((chip for chip in CHIPS.values() if re.fullmatch(chip.kinds, device_kind)), None)

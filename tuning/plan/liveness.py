@@ -63,8 +63,9 @@ class Peak:
 
 @dataclasses.dataclass(frozen=True)
 class Habits:
-    """slices: share of what a loop reads a slice of in each turn that is made anew (1: it is gathered from its shards).
-    ahead: bytes that a loop over inputs has there besides, of what its turn will come to."""
+    """slices  share of what a loop reads a slice of in each turn that is made anew (1: it is gathered from its shards)
+    ahead   bytes that a loop over inputs of the whole has there besides, of what its turn will come to
+    """
 
     slices: float = 0.0
     ahead: float = 0.0

@@ -28,8 +28,7 @@ from tuning.nn.quantised import Quantised
 from tuning.plan import liveness
 from tuning.training import state
 
-# Of what the other layers of a turn gather, that is there too; and on v5p, where weights are sums of copies that are zero elsewhere.
-AHEAD, AHEAD_ADDED = 0.25, 0.85
+AHEAD, AHEAD_ADDED = 0.25, 0.85  # of what the other layers of a turn gather, that is there too; and of what they add up (see _adds)
 TILE = 16  # rows of two bytes that a TPU keeps together
 SPLIT = ("heads", "kv_heads", "hidden", "expert_hidden", "vocab_size")  # fields of a config, by the axis tensor
 
@@ -103,8 +102,8 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
 
 
 def gathered(parts: build.Parts) -> float:
-    """How often a weight that fsdp splits is there where it is used: twice where its shards are no whole tiles of a TPU, as it is put
-    together in another place then; but not where it is added up."""
+    """How often a weight that fsdp splits is there where it is used: 0.0 if none is split, else once; twice where its shards are no whole
+    tiles of a TPU, as it is put together in another place then, but not where it is added up."""
     split, config, where = parts.model.mesh.shape["fsdp"], parts.model.source.config, meshes.device(parts.model.mesh)
     if split == 1:
         return 0.0
@@ -113,8 +112,8 @@ def gathered(parts: build.Parts) -> float:
 
 
 def _adds(parts: build.Parts) -> bool:
-    kind = meshes.device(parts.model.mesh).device_kind
-    return (chips.CHIPS.get(kind) or chips.of(kind)) is chips.CHIPS["v5p"]  # an absent device's kind is the chip's name
+    """Whether weights that fsdp splits are gathered by an all-reduce of copies that are zero but for a device's own shard."""
+    return chips.of(meshes.device(parts.model.mesh).device_kind) is chips.CHIPS["v5p"]
 
 
 def _traced(parts: build.Parts) -> tuple[Any, list[str]]:

@@ -95,7 +95,8 @@ class Variants:
     def _known(self, parts: build.Parts) -> dict[int, Peak]:
         """What was traced of the same work, by rows that a device has at a time.
 
-        Into how many pieces fsdp splits the weights does not matter once each layer gathers them, unless they have gradients.
+        Into how many pieces fsdp splits the weights does not matter once each layer gathers them, but for whether these are whole tiles,
+        unless they have gradients.
         """
         m = parts.model
         sizes = dict(m.mesh.shape)

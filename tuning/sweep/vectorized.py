@@ -180,8 +180,8 @@ def _train(runs: Sequence[api.Opened], argv: Sequence[str], hears: Sequence[api.
     display = Display(f"{len(runs)} runs", settings.steps, 0, first)
     said = [api.summary(p) for p in parts]
     apart = meshes.pieces(len(runs), "members")
-    where = f", {len(runs) // apart} on each of {apart} copies of the base" if apart > 1 else ""
-    display.say(f"{len(runs)} runs in one program{where}: {', '.join(names)}\n{said[0]}")
+    dealt = f", {len(runs) // apart} on each of {apart} copies of the base" if apart > 1 else ""
+    display.say(f"{len(runs)} runs in one program{dealt}: {', '.join(names)}\n{said[0]}")
     if (saved := runs[0].checkpoints.last()) is None:
         start, metas = begun(parts, whole), [{} for _ in runs]
     else:

@@ -49,7 +49,7 @@ def mapped(each: Callable, in_axes: Any, out_axes: Any, split: PartitionSpec, wh
     together = jax.vmap(each, in_axes=in_axes, out_axes=out_axes)
     if not (axes := set(meshes.names(split))):
         return together
-    if all(size == 1 for axis, size in where.shape.items() if axis not in axes):
+    if all(size == 1 for axis, size in where.shape.items() if axis not in axes):  # a copy is one device, whose part needs no mesh
         axes = set(where.axis_names)
     specs = lambda of: jax.tree.map(lambda axis: PartitionSpec() if axis is None else split, of, is_leaf=lambda x: x is None)  # noqa: E731
     return jax.shard_map(together, mesh=where, in_specs=specs(in_axes), out_specs=specs(out_axes), axis_names=axes, check_vma=False)
