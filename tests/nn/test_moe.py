@@ -184,7 +184,7 @@ def test_rows_of_experts_elsewhere_may_hold_anything(monkeypatch):
     chosen = jnp.asarray(rng.integers(-3, 9, (B * T, K)))  # experts 0 to 3 are here
     share = jnp.asarray(rng.random((B * T, K)), jnp.float32)
     kernels = [leaves[f"{name}/kernel"][:4] for name in ("gate", "up", "down")]
-    run = lambda x, share, *kernels: (moe.mix((E, "silu", None), x, share, chosen, *kernels) * wave(x)).sum()  # noqa: E731
+    run = lambda x, share, *kernels: (moe.mix(moe.How(E, "silu", None), x, share, chosen, *kernels) * wave(x)).sum()  # noqa: E731
     inputs = (x.reshape(-1, D), share, *kernels)
     expected = jax.jit(jax.value_and_grad(run, range(5)))(*inputs)
     rows = moe.rows_loops
@@ -204,10 +204,11 @@ def test_a_piece_of_the_tokens_at_a_time_gives_what_all_of_them_give(monkeypatch
     chosen = jnp.asarray(rng.integers(-2, 6, (48, K)))  # of 8 experts, 4 are here
     kernels = [jnp.asarray(rng.normal(size=shape), jnp.float32) / 8 for shape in ((4, D, F), (4, D, F), (4, F, D))]
     monkeypatch.setattr(moe, "ROWS", 1)
-    assert moe.pieces((48, K), 8) > 1 and 48 % moe.pieces((48, K), 8) == 0
+    how = moe.How(8, "silu", "highest")
+    assert moe.pieces(how, (48, K)) > 1 and 48 % moe.pieces(how, (48, K)) == 0
 
     def run(form):
-        total = lambda x, share, *kernels: (form((8, "silu", "highest"), x, share, chosen, *kernels) * wave(x)).sum()  # noqa: E731
+        total = lambda x, share, *kernels: (form(how, x, share, chosen, *kernels) * wave(x)).sum()  # noqa: E731
         return jax.make_jaxpr(jax.value_and_grad(total, range(5 if learns else 2)))(x, share, *kernels)
 
     whole, pieces = run(moe.mix), run(moe.mix_in_pieces)
@@ -218,7 +219,7 @@ def test_a_piece_of_the_tokens_at_a_time_gives_what_all_of_them_give(monkeypatch
 
 @pytest.mark.parametrize(("tokens", "count"), [(4096 * 4, 1), (4096 * 4 + 2, 1), (4096 * 32, 8), (4096 * 24, 4), (3 * 2**15 + 2, 2)])
 def test_pieces_divide_the_tokens_and_give_an_expert_a_thousand_rows_or_more(tokens, count):
-    assert moe.pieces((tokens, 8), 128) == count
+    assert moe.pieces(moe.How(128, "silu", None), (tokens, 8)) == count
 
 
 def test_a_token_alone_gets_what_it_gets_among_others():
@@ -236,9 +237,13 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name, rows, experts", [(n, 8, 8) for n in MESHES] + [("all", 3, 8), ("all", 8, 7)])
-def test_every_mesh_gives_what_one_device_gives(name, rows, experts):
-    """Rows or experts that a mesh axis does not divide stay whole."""
+CASES = [(name, 8, 8, 1024) for name in MESHES] + [("all", 3, 8, 1024), ("all", 8, 7, 1024), ("expert", 8, 8, 1), ("all", 8, 8, 1)]
+
+
+@pytest.mark.parametrize("name, rows, experts, at_a_time", CASES)
+def test_every_mesh_gives_what_one_device_gives(monkeypatch, name, rows, experts, at_a_time):
+    """Rows or experts that a mesh axis does not divide stay whole; rows at a time are gathered at a time."""
+    monkeypatch.setattr(moe, "ROWS", at_a_time)
     apply, leaves, x = setting(experts)
     x = x[:rows]
     real = jnp.asarray(np.arange(T)[None] < np.arange(2, rows + 2)[:, None])

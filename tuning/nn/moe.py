@@ -7,7 +7,7 @@ an expert; S = B T tokens in one row, M = S K choices of all tokens, ordered by 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,20 @@ from tuning.nn.mlp import ACTIVATIONS
 from tuning.nn.sites import NOTHING, Site
 
 Sums = dict[str, jax.Array]
-How = tuple[int, str, str | None]  # experts in all, activation, precision of the products
 KEPT = ("cond", "custom_vmap_call", "scan", "while", "ragged_dot_general", "dot_general", "top_k", "sort", "cumsum")
 ROWS = 1024  # of an expert, at a time: enough that its multiplications, not reading its kernels, take the time
+
+
+class How(NamedTuple):
+    """experts: in all; precision: of the products; axis: of the mesh, that splits the experts, if any; gathers: whether it splits the rows
+    too, which then come from all of its devices and go back to them."""
+
+    experts: int
+    activation: str
+    precision: str | None
+    axis: str | None = None
+    gathers: bool = False
+
 
 per_expert = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=(0,))
 
@@ -125,7 +136,7 @@ def route(settings, x_BTD, logits_BTE, real_BT, gate_XDF, up_XDF, down_XFD, axis
     gathers  whether it splits the rows too
     """
     K, normalize, activation = settings
-    E, X = logits_BTE.shape[-1], up_XDF.shape[0]
+    E = logits_BTE.shape[-1]
     probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     share_BTK, chosen_BTK = jax.lax.top_k(probability_BTE, K)
     if normalize:
@@ -136,32 +147,30 @@ def route(settings, x_BTD, logits_BTE, real_BT, gate_XDF, up_XDF, down_XFD, axis
         "probability_E": (probability_BTE * real_BT1).sum((0, 1)),
         "tokens": real_BT1.sum(),
     }
-    first = jax.lax.axis_index(axis) * X if axis else 0
-    if gathers:
-        x_BTD, share_BTK, chosen_BTK = (jax.lax.all_gather(y, axis, tiled=True) for y in (x_BTD, share_BTK, chosen_BTK))
-    rows = (x_BTD.reshape(-1, x_BTD.shape[-1]), share_BTK.reshape(-1, K), chosen_BTK.reshape(-1, K) - first)
-    how = E, activation, jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-    form = mix_in_pieces if pieces(rows[-1].shape, E) > 1 else mix
-    y_BTD = form(how, *rows, gate_XDF, up_XDF, down_XFD).reshape(x_BTD.shape)  # pyright: ignore[reportAttributeAccessIssue]
-    return (jax.lax.psum_scatter(y_BTD, axis, tiled=True) if gathers else y_BTD), sums
+    rows = [y.reshape(-1, y.shape[-1]) for y in (x_BTD, share_BTK, chosen_BTK)]
+    how = How(E, activation, jax.config.jax_default_matmul_precision, axis, gathers)  # pyright: ignore[reportAttributeAccessIssue]
+    form = mix_in_pieces if pieces(how, rows[-1].shape) > 1 else mix
+    return form(how, *rows, gate_XDF, up_XDF, down_XFD).reshape(x_BTD.shape), sums  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def mix_in_pieces(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> jax.Array:
     """`mix`, of so many tokens at a time that ROWS of their choices fall on an expert on average.
 
-    What lies between the projections is as large as if every choice fell on an expert that is here. So each piece of the tokens has it for
-    itself, and the backward pass makes it again. The gradients of kernels that learn are added up in float32.
+    What lies between the projections is as large as if every choice fell on an expert that is here, and what other devices send comes to
+    all their rows. So each piece of the tokens has it for itself, and the backward pass makes it again. The gradients of kernels that learn
+    are added up in float32.
     """
-    count, kernels = pieces(chosen_SK.shape, how[0]), (gate_XDF, up_XDF, down_XFD)
+    count, kernels = pieces(how, chosen_SK.shape), (gate_XDF, up_XDF, down_XFD)
     y = jax.lax.map(lambda given: mix(how, *given, *kernels), _cut(count, (x_SD, share_SK, chosen_SK)))  # pyright: ignore
     return y.reshape(x_SD.shape)
 
 
-def pieces(choices: tuple[int, ...], experts: int) -> int:
+def pieces(how: How, choices: tuple[int, ...]) -> int:
     """Into how many pieces (S tokens, K choices of each) are cut: a power of two that divides S."""
     tokens, per_token = choices
-    most = max(1, tokens * per_token // (ROWS * experts))
+    devices = jax.lax.axis_size(how.axis) if how.gathers else 1
+    most = max(1, devices * tokens * per_token // (ROWS * how.experts))
     return min(tokens & -tokens, 1 << (most.bit_length() - 1))
 
 
@@ -184,7 +193,7 @@ def _mixed_backward(how, kept, dy_SD):
         dx, dshare, *gradients = pull(dy)
         return [total + one.astype(jnp.float32) for total, one in zip(sums, gradients, strict=True)], (dx, dshare)
 
-    pieced = _cut(pieces(chosen_SK.shape, how[0]), (x_SD, share_SK, chosen_SK, dy_SD))
+    pieced = _cut(pieces(how, chosen_SK.shape), (x_SD, share_SK, chosen_SK, dy_SD))
     sums, (dx, dshare) = jax.lax.scan(piece, [jnp.zeros(kernel.shape, jnp.float32) for kernel in learning], pieced)
     gradients = [total.astype(kernel.dtype) for total, kernel in zip(sums, learning, strict=True)] or [None] * 3
     return dx.reshape(x_SD.shape), dshare.reshape(share_SK.shape), None, *gradients
@@ -194,9 +203,13 @@ mix_in_pieces.defvjp(_mixed_forward, _mixed_backward, symbolic_zeros=True)
 
 
 def mix(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> jax.Array:
-    """The sum over the experts that are here, [S, D]; those of a token's choices that do not lie in [0, X) are elsewhere."""
-    experts, activation, precision = how
-    (S, D), K, X = x_SD.shape, share_SK.shape[1], up_XDF.shape[0]
+    """The sum over the experts that are here, [S, D]; of what all devices of the axis have, if their rows are gathered."""
+    K, X = share_SK.shape[1], up_XDF.shape[0]
+    if how.gathers:
+        x_SD, share_SK, chosen_SK = (jax.lax.all_gather(y, how.axis, tiled=True) for y in (x_SD, share_SK, chosen_SK))
+    if how.axis:
+        chosen_SK = chosen_SK - jax.lax.axis_index(how.axis) * X
+    S, D = x_SD.shape
     here_SK = (chosen_SK >= 0) & (chosen_SK < X)
     expert_M = jnp.where(here_SK, chosen_SK, X).reshape(-1)
     order_M = jnp.argsort(expert_M)
@@ -204,7 +217,7 @@ def mix(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> jax.
     sizes_X = (expert_M[:, None] == jnp.arange(X)[None]).sum(0, dtype=jnp.int32)
     # Nothing may come in from the rows past the last expert's, where a grouped product may leave anything, NaN too.
     inside_M1 = (jnp.arange(S * K) < sizes_X.sum())[:, None]
-    settings = block_size(S * K, experts), precision
+    settings = block_size(S * K, how.experts), how.precision
 
     def multiply(x, kernel) -> jax.Array:
         return grouped(settings, x, kernel, sizes_X)  # pyright: ignore[reportReturnType]
@@ -212,12 +225,13 @@ def mix(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> jax.
     @functools.partial(jax.checkpoint, prevent_cse=False)  # as in a layer without experts
     def gated(gate, up):
         gate, up = (jnp.where(inside_M1, y, 0) for y in (gate, up))
-        return ACTIVATIONS[activation](gate) * up
+        return ACTIVATIONS[how.activation](gate) * up
 
     x_MD = to_experts(x_SD, here_SK, order_M, back_M)
     y_MD = multiply(gated(multiply(x_MD, gate_XDF), multiply(x_MD, up_XDF)), down_XFD)
     y_SKD = jnp.where(here_SK[..., None], to_tokens(y_MD, order_M, back_M).reshape(S, K, D), 0)
-    return (share_SK[..., None] * y_SKD.astype(jnp.float32)).sum(1).astype(x_SD.dtype)
+    y_SD = (share_SK[..., None] * y_SKD.astype(jnp.float32)).sum(1).astype(x_SD.dtype)
+    return jax.lax.psum_scatter(y_SD, how.axis, tiled=True) if how.gathers else y_SD
 
 
 # Both directions and their backward passes gather; left to itself, the backward pass of a gather would scatter.
