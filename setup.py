@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "cuda": ["jax[cuda13]"],
+        "cuda-compiler": ["jax-cuda13-plugin>=0.10"],  # for plans alone: without CUDA's libraries it compiles and cannot run
         "tpu": ["jax[tpu]"],
         "report": ["matplotlib>=3.9", "tensorboard>=2.17"],  # curves of `tuning compare` as PNG, and what reads the events
         "search": ["optuna>=5.0", "sqlalchemy>=2.1", "cmaes>=0.13"],  # --search=gp computes with torch, which whoever wants it installs

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ SHIPPED = ("llama8b", "llama70b", "qwen30b_moe", "mixtral", "gemma27b", "bert", 
 Case = tuple[str, str, dict[str, Any]]  # name, topology, config
 
 
-def shipped() -> Iterator[Case]:
-    """Every plan of the configs that is for TPUs."""
+def shipped(gpus: bool = False) -> Iterator[Case]:
+    """Every plan of the configs that is for TPUs, or for GPUs."""
     for name in SHIPPED:
         spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
         assert spec is not None and spec.loader is not None
@@ -33,7 +34,7 @@ def shipped() -> Iterator[Case]:
         spec.loader.exec_module(module)
         for plan in module.PLANS:
             where = plan.partition(",")[2]
-            if topology.parse(where).tpu:
+            if topology.parse(where).gpu == gpus:
                 yield f"{name}:{plan}", where, module.get_config(plan).to_dict()
 
 
@@ -50,13 +51,15 @@ def measure(name: str, where: str, config: dict[str, Any], whole: bool) -> dict[
     """A row: bytes of a device by the estimate and by the compiler, exchanges, seconds."""
     place = topology.parse(where)
     used = memory.estimate(build.parts(config, sketch=place.absent))
-    made = compile.compile(build.parts(config, sketch=place.targets())) if whole else assigned.assigned(config, place)
+    began = time.process_time()
+    made = compile.compile(build.parts(config, sketch=place.targets())) if whole or place.gpu else assigned.assigned(config, place)
+    seconds = time.process_time() - began if whole else made.seconds
     if isinstance(made, compile.Refused):
         return {"name": name, "topology": where, "refused": made.message}
     room = place.memory_bytes or 0
     return {
         "name": name, "topology": where, "estimated": used.total, "compiled": made.hbm_bytes, "error": used.total / made.hbm_bytes - 1,
-        "spare": 1 - made.hbm_bytes / room, "seconds": made.seconds, "collectives": made.collectives, "whole": whole,
+        "spare": 1 - made.hbm_bytes / room, "seconds": seconds, "collectives": made.collectives, "whole": whole,
     }  # fmt: skip
 
 
@@ -75,13 +78,14 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
     p.add_argument("--draws", default="", metavar="A:B", help="random runs of these numbers in place of the shipped configs")
-    p.add_argument("--whole", action="store_true", help="compile to the end: the seconds are then those of compiling; minutes for each")
+    p.add_argument("--gpus", action="store_true", help="the shipped configs for GPUs, which are compiled to the end")
+    p.add_argument("--whole", action="store_true", help="compile to the end, minutes for each: the seconds are then all of the processor's")
     p.add_argument("--out", type=Path, default=Path("runs/pod_compilation"))
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     with tempfile.TemporaryDirectory() as folder, (args.out / "rows.jsonl").open("a") as file:
-        cases = drawn(range(*map(int, args.draws.split(":"))), GIB, Path(folder)) if args.draws else shipped()
+        cases = drawn(range(*map(int, args.draws.split(":"))), GIB, Path(folder)) if args.draws else shipped(args.gpus)
         for case in cases:
             if re.search(args.only, case[0]):
                 rows.append(measure(*case, args.whole))

@@ -1,8 +1,14 @@
 """Topologies by name."""
 
+import importlib.util
+import json
+import subprocess
+import sys
+
 import pytest
 
-from tuning.plan import topology
+from tuning.core import chips
+from tuning.plan import gpus, topology
 
 
 @pytest.mark.parametrize(
@@ -37,9 +43,28 @@ def test_what_is_no_topology_is_said_with_the_rule(text, rule):
         topology.parse(text)
 
 
-def test_to_compile_for_a_gpu_takes_the_gpu():
-    with pytest.raises(ValueError, match=r"takes 8 of them, and here are 8 of 'cpu'. Compile where they are, or leave out --compile"):
-        topology.parse("h100:8").targets()
+def test_what_cannot_be_compiled_for_is_said_with_the_remedy():
+    with pytest.raises(ValueError, match=r"takes 9 of them, and here are 8 of 'cpu'. Compile where they are, or leave out --compile"):
+        topology.parse("cpu:9").targets()
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        with pytest.raises(ValueError, match=r"The compiler for GPUs is not installed. .* pip install 'tuning\[cuda-compiler\]'"):
+            topology.parse("h100:8").targets()
+
+
+@pytest.mark.parametrize("chip", [chip for chip in chips.TABLE if chip.kinds.startswith("NVIDIA")], ids=lambda chip: chip.name)
+def test_every_gpu_is_described_to_the_compiler(chip):
+    assert chips.of(gpus.GPUS[chip.name].kind) is chip
+    assert f"device_memory_size: {chip.memory_bytes} " in gpus.described(chip)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs pip install 'tuning[cuda-compiler]' (400 MB)")
+def test_a_step_is_compiled_for_gpus_that_are_not_here(home, tmp_path):
+    """In a process of its own: this one's devices are known already."""
+    folder = str(home / "model")
+    flags = [f"--config.model.path={folder}", "--config.train.batch_size=4", "--config.data.train.length=64", "--config.mesh.fsdp=2"]
+    command = [sys.executable, "-m", "tuning", "plan", "--config=configs/lora.py", "--topology=a100-40:2", "--compile", "--json", *flags]
+    plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert plan["compiled"]["peak_bytes"] > 0 and plan["compiled"]["collectives"]["all-gather"]["count"] > 0
 
 
 def test_the_devices_that_are_here_need_no_name():

@@ -9,9 +9,10 @@ it multiplies, and heads that are narrower than a TPU's lanes are filled up. How
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 # Their jaxpr stands in the place where they are called.
 CALLS = (
@@ -28,6 +29,7 @@ VIEWS = ("reshape", "squeeze", "expand_dims", "convert_element_type", "transpose
 LANES = 128
 SCALAR = 8  # bytes
 SMALLER = 0.75  # a result of less than this share of what it is made of is kept in its place
+SMALL = 4096  # a buffer of less than the whole divided by this leaves no gap that counts
 SHORT = 256  # a product over no more numbers than this is added up where its sum lies
 
 
@@ -51,6 +53,7 @@ class Flat:
     inputs: list[int]
     outputs: list[int]
     codes: set[int]
+    heads: set[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +64,25 @@ class Peak:
     kept: int
 
 
+class Buffer(NamedTuple):
+    """Bytes that are there from `start` to `end`; the whole takes time 0 to 1. stacked: by a loop, for a later one; final: an output."""
+
+    start: float
+    end: float
+    nbytes: float
+    stacked: bool = False
+    final: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Habits:
-    """slices  share of what a loop reads a slice of in each turn that is made anew (1: it is gathered from its shards)
-    ahead   bytes that a loop over inputs of the whole has there besides, of what its turn will come to
+    """slices    share of what a loop reads a slice of in each turn that is made anew (1: it is gathered from its shards)
+    matrices  share of that which is there of a matrix, where products take it shard by shard
+    ahead     bytes that a loop over inputs of the whole has there besides, of what its turn will come to
     """
 
     slices: float = 0.0
+    matrices: float = 1.0
     ahead: float = 0.0
 
     def nbytes(self, aval: Any) -> int:
@@ -80,11 +95,46 @@ class Habits:
 def peak(
     jaxpr: Any, habits: Habits, held: Callable[[int], float] = lambda i: 0.0, result: Callable[[int, int], float] = lambda i, size: size
 ) -> Peak:
-    """The most that a jaxpr has in memory at a time, without its inputs.
+    """The most that a jaxpr takes of memory, without its inputs.
 
     held    share of the i-th input's bytes that are made anew where it is used
     result  (i, bytes) -> bytes of the i-th output
     """
+    made = buffers(jaxpr, habits, held, result, (0.0, 1.0))
+    moment, most = _fullest(made)
+    large = [one for one in made if one.nbytes * SMALL >= most and not one.final]
+    gaps = packed(large) - _fullest(large)[1]
+    return Peak(int(most + gaps), int(sum(one.nbytes for one in made if one.stacked and one.start <= moment < one.end)))
+
+
+def packed(buffers: Sequence[Buffer]) -> float:
+    """The bytes that buffers take with the gaps between them, if those that are there longest are placed first, and each in the smallest
+    gap that it fits in."""
+    placed: list[tuple[Buffer, float]] = []
+    top = 0.0
+    for one in sorted(buffers, key=lambda one: (one.start - one.end, -one.nbytes)):
+        free, gaps = 0.0, []
+        for at, end in sorted((at, at + other.nbytes) for other, at in placed if other.start < one.end and one.start < other.end):
+            if at - free >= one.nbytes:
+                gaps.append((at - free, free))
+            free = max(free, end)
+        at = min(gaps)[1] if gaps else free
+        placed.append((one, at))
+        top = max(top, at + one.nbytes)
+    return top
+
+
+def _fullest(buffers: Sequence[Buffer]) -> tuple[float, float]:
+    """(when most is there, how much)."""
+    changes = sorted([(one.start, one.nbytes) for one in buffers] + [(one.end, -one.nbytes) for one in buffers])
+    levels = itertools.accumulate(nbytes for _, nbytes in changes)
+    return max(zip((time for time, _ in changes), levels, strict=True), key=lambda level: level[1], default=(0.0, 0.0))
+
+
+def buffers(
+    jaxpr: Any, habits: Habits, held: Callable[[int], float], result: Callable[[int, int], float], span: tuple[float, float]
+) -> list[Buffer]:
+    """What `peak` is of; the jaxpr takes the time of `span`."""
     f = flat(jaxpr, habits)
     final = {v for v in f.outputs if v >= 0}
     size = [float(s) for s in f.sizes]
@@ -94,34 +144,33 @@ def peak(
         if v >= 0 and v not in f.inputs:
             size[v] = result(i, f.sizes[v])
     scans = [op for op in f.ops if op.name == "scan"]
+    read = {v for op in scans for v in op.inputs}
     for op in scans:
-        for v in set(op.outputs[op.params["num_carry"] :]) - _stacked(op, habits):
-            size[v] = 0.0
+        shares = _stacked(op, habits)
+        for v in set(op.outputs[op.params["num_carry"] :]):
+            size[v] *= shares.get(v, 0.0) if v in read else v in shares
     for op in f.ops:
         if op.name == "cond" and all(v < 0 or f.sizes[v] <= SCALAR for v in op.inputs):  # constants, which are folded into what reads them
             for v in op.outputs:
                 size[v] = 0.0
-    births, deaths = _lives(f, size, final)
     stacks = {v for op in scans for v in op.outputs[op.params["num_carry"] :]} - final
-    best, live, kept = Peak(0, 0), 0.0, 0.0
+    time = lambda n: span[0] + (span[1] - span[0]) * n / (len(f.ops) + 1)  # noqa: E731
+    made = []
+    for v, (first, last) in _lives(f, size, final).items():
+        # What an output is made of element by element lies in its place.
+        in_place = last < len(f.ops) and f.ops[last].name not in MADE and not final.isdisjoint(f.ops[last].outputs)
+        made.append(Buffer(time(first), time(last if in_place else last + 1), size[v], v in stacks, v in final))
     for n, op in enumerate(f.ops):
-        in_place = op.name not in MADE and not final.isdisjoint(op.outputs)  # in the place of what is not needed any more
-        born, dead = births.get(n, ()), deaths.get(n, ())
-        live += sum(size[v] for v in born) - (sum(size[v] for v in dead) if in_place else 0.0)
-        kept += sum(size[v] for v in born if v in stacks)
-        inside = _inside(op, habits) if op.name in LOOPS else 0.0
+        if op.name in LOOPS:
+            made += _inside(op, habits, (time(n), time(n + 1)))
         if op.name == "scan" and not set(op.inputs[op.params["num_consts"] + op.params["num_carry"] :]).isdisjoint(f.inputs):
-            inside += habits.ahead
-        if (now := live + inside) > best.bytes:
-            best = Peak(int(now), int(kept))
-        live -= 0.0 if in_place else sum(size[v] for v in dead)
-        kept -= sum(size[v] for v in dead if v in stacks)
-    return best
+            made.append(Buffer(time(n), time(n + 1), habits.ahead))
+    return [one for one in made if one.nbytes and one.start < one.end]
 
 
 def flat(jaxpr: Any, habits: Habits) -> Flat:
     """A jaxpr as a list of operations; the calls in it are opened, loops are not."""
-    made = Flat([], [], [], [], set())
+    made, seen = Flat([], [], [], [], set(), set()), {}
 
     def new(aval) -> int:
         made.sizes.append(habits.nbytes(aval))
@@ -138,8 +187,14 @@ def flat(jaxpr: Any, habits: Habits) -> Flat:
             if eqn.primitive.name in CALLS and inner is not None:
                 inner = getattr(inner, "jaxpr", inner)
                 outs = walk(inner, ins[len(ins) - len(inner.invars) :])
+            elif eqn.primitive.name == "convert_element_type" and ins[0] in made.heads and (ins[0], str(eqn.outvars[0].aval.dtype)) in seen:
+                outs = seen[ins[0], str(eqn.outvars[0].aval.dtype)]
             else:
                 outs = [new(var.aval) for var in eqn.outvars]
+                if eqn.primitive.name == "convert_element_type" and ins[0] in made.heads:
+                    seen[ins[0], str(eqn.outvars[0].aval.dtype)] = outs
+                if eqn.primitive.name == "reshape" and eqn.outvars[0].aval.ndim > eqn.invars[0].aval.ndim and eqn.outvars[0].aval.ndim == 4:
+                    made.heads.update(outs)
                 made.ops.append(Op(eqn.primitive.name, tuple(ins), tuple(outs), eqn.params, _over(eqn)))
             known.update(zip(eqn.outvars, outs, strict=True))
         return [at(var) for var in jaxpr.outvars]
@@ -156,8 +211,8 @@ def _over(eqn: Any) -> int:
     return math.prod(eqn.invars[0].aval.shape[axis] for axis in axes)
 
 
-def _lives(f: Flat, size: Sequence[float], final: set[int]) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
-    """{operation: values that are there from it on}, and {operation: values that are last used by it}."""
+def _lives(f: Flat, size: Sequence[float], final: set[int]) -> dict[int, tuple[int, int]]:
+    """{value that lies in memory: (the operation that it is there from, the last that it is used by)}."""
     roots = [frozenset([v]) for v in range(len(size))]
     first: dict[int, int] = {}
     last: dict[int, int] = {}
@@ -169,7 +224,8 @@ def _lives(f: Flat, size: Sequence[float], final: set[int]) -> tuple[dict[int, l
         alive = frozenset().union(*(roots[v] for v in op.inputs if v >= 0))
         for v in op.outputs:
             smaller = len(alive) > 1 and size[v] <= SMALLER * sum(size[r] for r in alive)
-            made = (op.name in MADE or v in final or smaller) and v not in summed
+            wider = op.name == "convert_element_type" and op.inputs[0] in f.heads and f.sizes[v] > f.sizes[op.inputs[0]]
+            made = (op.name in MADE or v in final or smaller or wider) and v not in summed
             roots[v] = frozenset([v]) if made else alive
             first.setdefault(v, n)
             last.setdefault(v, n)
@@ -178,13 +234,7 @@ def _lives(f: Flat, size: Sequence[float], final: set[int]) -> tuple[dict[int, l
                 last[v] = n
                 first.setdefault(v, n)
     last |= {r: len(f.ops) for v in final for r in roots[v]}
-    births: dict[int, list[int]] = {}
-    deaths: dict[int, list[int]] = {}
-    for v, n in first.items():
-        if roots[v] == frozenset([v]) and size[v]:
-            births.setdefault(n, []).append(v)
-            deaths.setdefault(last[v], []).append(v)
-    return births, deaths
+    return {v: (n, last[v]) for v, n in first.items() if roots[v] == frozenset([v]) and size[v]}
 
 
 def _summed(f: Flat) -> set[int]:
@@ -198,30 +248,34 @@ def _summed(f: Flat) -> set[int]:
     return {w for v in added if 0 < products.get(w := origin.get(v, v), 0) <= SHORT}
 
 
-def _stacked(scan: Op, habits: Habits) -> set[int]:
-    """Those stacked results of a loop that are there: what is computed element by element from a turn's own slices alone is made again
-    where it is read, and what is the same but for its shape is there once."""
+def _stacked(scan: Op, habits: Habits) -> dict[int, float]:
+    """{stacked result of a loop that is there: the share of it that is}. What is computed element by element from a turn's own slices alone
+    is made again where it is read, what is the same but for its shape is there once, and what was made wider is kept as it was."""
     carries, before = scan.params["num_carry"], scan.params["num_consts"] + scan.params["num_carry"]
     body = flat(scan.params["jaxpr"].jaxpr, habits)
-    moving, same = set(body.inputs[scan.params["num_consts"] : before]), {}
+    moving, origins = set(body.inputs[scan.params["num_consts"] : before]), dict[int, int]()
     for op in body.ops:
         if op.name in MADE or moving.intersection(op.inputs):
             moving.update(op.outputs)
         if op.name in VIEWS and op.inputs[0] >= 0:
-            same[op.outputs[0]] = same.get(op.inputs[0], op.inputs[0]), body.sizes[op.outputs[0]]
-    kept: dict[Any, int] = {}
+            origins[op.outputs[0]] = origins.get(op.inputs[0], op.inputs[0])
+    kept: dict[tuple[int, int], tuple[int, float]] = {}
     for v, made in zip(scan.outputs[carries:], body.outputs[carries:], strict=True):
         if made in moving:
-            kept.setdefault(same.get(made, made), v)
-    return set(kept.values())
+            origin, size = origins.get(made, made), max(body.sizes[made], 1)
+            kept.setdefault((origin, size), (v, min(1.0, body.sizes[origin] / size)))
+    return dict(kept.values())
 
 
-def _inside(op: Op, habits: Habits) -> float:
-    """What a loop takes in one turn, besides what it takes in and gives."""
-    habits = dataclasses.replace(habits, ahead=0.0)
+def _inside(op: Op, habits: Habits, span: tuple[float, float]) -> list[Buffer]:
+    """What a loop makes in one turn, besides what it takes in and gives."""
+    habits, nothing = dataclasses.replace(habits, ahead=0.0), lambda i, *_: 0.0
     if op.name == "scan":
         body, before = op.params["jaxpr"].jaxpr, op.params["num_consts"] + op.params["num_carry"]
         # What a turn hands on is written where the loop's results lie, which count outside.
-        return peak(body, habits, lambda i: habits.slices if i >= before else 0.0, lambda i, size: 0.0).bytes
+        ranks = [getattr(var.aval, "ndim", 0) for var in body.invars]
+        share = lambda i: habits.slices * (habits.matrices if ranks[i] == 2 else 1.0) if i >= before else 0.0  # noqa: E731
+        return buffers(body, habits, share, nothing, span)
     inner = [op.params[key] for key in ("body_jaxpr",) if key in op.params] + list(op.params.get("branches", ()))
-    return max((peak(getattr(j, "jaxpr", j), habits, result=lambda i, size: 0.0).bytes for j in inner), default=0.0)
+    found = [buffers(getattr(j, "jaxpr", j), habits, nothing, nothing, span) for j in inner]
+    return max(found, key=lambda made: _fullest(made)[1], default=[])

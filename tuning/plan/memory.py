@@ -29,6 +29,7 @@ from tuning.plan import liveness
 from tuning.training import state
 
 AHEAD, AHEAD_ADDED = 0.25, 0.85  # of what the other layers of a turn gather, that is there too; and of what they add up (see _adds)
+WINDOWED, FEW = 0.75, 16  # of a layer's gathered weights what is there on a TPU, where no more than so many devices share them
 TILE = 16  # rows of two bytes that a TPU keeps together
 SPLIT = ("heads", "kv_heads", "hidden", "expert_hidden", "vocab_size")  # fields of a config, by the axis tensor
 
@@ -94,11 +95,18 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
     tuned, _ = tree.split(m.layout, m.tuned)
     results = [on_device(leaf) for leaf in jax.tree.leaves(tuned)]
     traced, names = _traced(parts)
-    copies = gathered(parts)
-    held = lambda i: copies if i < len(names) and stack.layer_range(names[i]) is None else 0.0  # noqa: E731
-    habits = liveness.Habits(copies, copies * _ahead(parts))
-    found = liveness.peak(traced, habits, held, lambda i, size: results[i] if i < len(results) else size)
+    own = habits(parts)
+    held = lambda i: own.slices if i < len(names) and stack.layer_range(names[i]) is None else 0.0  # noqa: E731
+    found = liveness.peak(traced, own, held, lambda i, size: results[i] if i < len(results) else size)
     return dataclasses.replace(found, bytes=max(0, found.bytes - sum(results)))
+
+
+def habits(parts: build.Parts) -> liveness.Habits:
+    """What compilers for the run's devices do with weights that fsdp splits. Those for TPUs, where few devices share a matrix, multiply by
+    some of them shard by shard, as they come, and never have the whole."""
+    copies, mesh = gathered(parts), parts.model.mesh
+    windowed = meshes.device(mesh).platform == "tpu" and mesh.shape["fsdp"] <= FEW
+    return liveness.Habits(copies, WINDOWED if windowed else 1.0, copies * _ahead(parts))
 
 
 def gathered(parts: build.Parts) -> float:
@@ -177,9 +185,30 @@ def _cast(parts: build.Parts) -> int:
 
 
 def _turned(parts: build.Parts) -> int:
-    """Codes that are split along the inputs, a second time: before the loop, compilers turn the stack so that a layer can be gathered."""
-    kept = [x for x in tree.flatten(parts.model.layout).values() if isinstance(x, Quantised)]
-    return sum(on_device(x.codes) for x in kept if x.codes.sharding.spec[len(x.codes.shape) - 3])
+    """What is there a second time: before the loop, compilers turn a stack over so that what a layer gathers lies in one piece, and a table
+    that is the head too. Those for GPUs do so with weights that are split along their last axis; those for TPUs with experts whose shards
+    are then narrower than lanes, and with codes that are split along the inputs."""
+    m = parts.model
+    leaves = {n: x for n, x in tree.flatten(m.layout).items() if not m.tuned(n)}
+    codes = [x.codes for x in leaves.values() if isinstance(x, Quantised)]
+    last = [x for x in leaves.values() if not isinstance(x, Quantised) and "fsdp" in _axes(x, len(x.shape) - 1)]
+    if meshes.device(m.mesh).platform == "gpu":
+        return sum(map(on_device, last))
+    narrow = [x for x in last if len(x.shape) == 4 and _narrow(x)]
+    split = [x for x in codes if len(x.shape) == 4 and "fsdp" in _axes(x, 1)]
+    return sum(map(on_device, [*narrow, *split]))
+
+
+def _axes(leaf: Any, axis: int) -> tuple[str, ...]:
+    """The axes of the mesh that split an array's axis."""
+    spec = leaf.sharding.spec
+    names = spec[axis] if 0 <= axis < len(spec) else None
+    return names if isinstance(names, tuple) else (names,) if names else ()
+
+
+def _narrow(leaf: Any) -> bool:
+    """Whether the rows of a shard are no whole lanes."""
+    return leaf.sharding.shard_shape(leaf.shape)[-1] % liveness.LANES != 0
 
 
 def _ahead(parts: build.Parts) -> int:

@@ -23,6 +23,7 @@ from jax.sharding import AbstractDevice
 from tuning.core import chips, parts
 from tuning.core import mesh as meshes
 from tuning.core.chips import CHIPS, Chip
+from tuning.plan import gpus
 
 TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 
@@ -39,6 +40,10 @@ class Topology:
     @property
     def tpu(self) -> bool:
         return self.chip is not None and self.chip.name in TPUS
+
+    @property
+    def gpu(self) -> bool:
+        return self.chip is not None and self.chip.name in gpus.GPUS
 
     @property
     def memory_bytes(self) -> int | None:
@@ -62,14 +67,17 @@ class Topology:
                     "made of a step would be another program. Leave out --compile."
                 )
             return found
-        here = jax.devices()
-        same = self.chip is not None and chips.of(here[0].device_kind) is self.chip
-        if not same or len(here) < self.devices:
-            raise ValueError(
-                f"--topology={self.name}: to compile for a GPU or CPU takes {self.devices} of them, and here are {len(here)} of "
-                f"{here[0].device_kind!r}. Compile where they are, or leave out --compile."
-            )
-        return here[: self.devices]
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # compiling takes neither a driver nor CUDA's libraries
+        with quiet():
+            here = jax.devices()
+        if self.chip is not None and chips.of(here[0].device_kind) is self.chip and len(here) >= self.devices:
+            return here[: self.devices]
+        if self.gpu:
+            return _absent_gpus(self.name.partition(":")[0], self.devices)
+        raise ValueError(
+            f"--topology={self.name}: to compile for CPUs takes {self.devices} of them, and here are {len(here)} of "
+            f"{here[0].device_kind!r}. Compile where they are, or leave out --compile."
+        )
 
 
 def parse(text: str) -> Topology:
@@ -120,9 +128,22 @@ def _absent_tpus(name: str, slices: int) -> list[Any]:
         raise ValueError(f"--topology={name}: the TPU compiler knows no such slice ({str(error).splitlines()[0]})") from None
 
 
+@functools.cache
+def _absent_gpus(name: str, count: int) -> list[Any]:
+    """The GPUs of a host that is not there, as the compiler for them describes them."""
+    try:
+        with quiet():
+            return gpus.absent(CHIPS[name], count)
+    except NotImplementedError:
+        raise ValueError(
+            "The compiler for GPUs is not installed. It runs without a GPU: pip install 'tuning[cuda-compiler]' (400 MB), in an "
+            "environment of its own."
+        ) from None
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps from the user what libtpu writes to standard error (that there is no TPU here); what fails is raised."""
+    """Keeps from the user what compilers write to standard error (that their devices are not here); what fails is raised."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:

@@ -95,12 +95,12 @@ class Variants:
     def _known(self, parts: build.Parts) -> dict[int, Peak]:
         """What was traced of the same work, by rows that a device has at a time.
 
-        Into how many pieces fsdp splits the weights does not matter once each layer gathers them, but for whether these are whole tiles,
+        Into how many pieces fsdp splits the weights does not matter once each layer gathers them, but for what compilers do with them then,
         unless they have gradients.
         """
         m = parts.model
         sizes = dict(m.mesh.shape)
-        pieces = sizes["fsdp"] if build.base_leaves(m) else memory.gathered(parts)
+        pieces = sizes["fsdp"] if build.base_leaves(m) else memory.habits(parts)
         shared = {key: parts.config[key] for key in ("model", "method", "objective", "data")}
         work = configs.plain(shared), meshes.device(m.mesh).device_kind, sizes["tensor"], sizes["expert"], sizes["context"], pieces
         return self._traced.setdefault(repr(work), {})
