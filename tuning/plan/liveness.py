@@ -46,7 +46,8 @@ class Op:
 
 @dataclasses.dataclass
 class Flat:
-    """A jaxpr with its calls in place. `sizes` are bytes by value; `codes` are the values of whole numbers in a byte."""
+    """A jaxpr with its calls in place. sizes: bytes by value; codes: the values of whole numbers in a byte; heads: those that a reshape
+    split into heads; fed: float32 that goes into a product."""
 
     ops: list[Op]
     sizes: list[int]
@@ -54,6 +55,7 @@ class Flat:
     outputs: list[int]
     codes: set[int]
     heads: set[int]
+    fed: set[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +172,7 @@ def buffers(
 
 def flat(jaxpr: Any, habits: Habits) -> Flat:
     """A jaxpr as a list of operations; the calls in it are opened, loops are not."""
-    made, seen = Flat([], [], [], [], set(), set()), {}
+    made, seen = Flat([], [], [], [], set(), set(), set()), {}
 
     def new(aval) -> int:
         made.sizes.append(habits.nbytes(aval))
@@ -195,6 +197,8 @@ def flat(jaxpr: Any, habits: Habits) -> Flat:
                     seen[ins[0], str(eqn.outvars[0].aval.dtype)] = outs
                 if eqn.primitive.name == "reshape" and eqn.outvars[0].aval.ndim > eqn.invars[0].aval.ndim and eqn.outvars[0].aval.ndim == 4:
                     made.heads.update(outs)
+                if eqn.primitive.name == "dot_general":
+                    made.fed.update(v for v, var in zip(ins, eqn.invars, strict=True) if v >= 0 and _is_plain(var.aval))
                 made.ops.append(Op(eqn.primitive.name, tuple(ins), tuple(outs), eqn.params, _over(eqn)))
             known.update(zip(eqn.outvars, outs, strict=True))
         return [at(var) for var in jaxpr.outvars]
@@ -202,6 +206,11 @@ def flat(jaxpr: Any, habits: Habits) -> Flat:
     made.inputs = [new(var.aval) for var in jaxpr.invars]
     made.outputs = walk(jaxpr, made.inputs)
     return made
+
+
+def _is_plain(aval: Any) -> bool:
+    """Whether it is float32, and not of heads: what is made of scores goes into its product as it comes."""
+    return aval.ndim <= 3 and str(aval.dtype) == "float32"
 
 
 def _over(eqn: Any) -> int:
@@ -225,7 +234,7 @@ def _lives(f: Flat, size: Sequence[float], final: set[int]) -> dict[int, tuple[i
         for v in op.outputs:
             smaller = len(alive) > 1 and size[v] <= SMALLER * sum(size[r] for r in alive)
             wider = op.name == "convert_element_type" and op.inputs[0] in f.heads and f.sizes[v] > f.sizes[op.inputs[0]]
-            made = (op.name in MADE or v in final or smaller or wider) and v not in summed
+            made = (op.name in MADE or v in final or smaller or wider or v in f.fed) and v not in summed
             roots[v] = frozenset([v]) if made else alive
             first.setdefault(v, n)
             last.setdefault(v, n)

@@ -95,8 +95,13 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
     tuned, _ = tree.split(m.layout, m.tuned)
     results = [on_device(leaf) for leaf in jax.tree.leaves(tuned)]
     traced, names = _traced(parts)
-    own = habits(parts)
-    held = lambda i: own.slices if i < len(names) and stack.layer_range(names[i]) is None else 0.0  # noqa: E731
+    own, turned = habits(parts), _tables(parts)
+
+    def held(i: int) -> float:
+        if i >= len(names) or stack.layer_range(names[i]) is not None:
+            return 0.0
+        return 1.0 if names[i] in turned else own.slices
+
     found = liveness.peak(traced, own, held, lambda i, size: results[i] if i < len(results) else size)
     return dataclasses.replace(found, bytes=max(0, found.bytes - sum(results)))
 
@@ -185,18 +190,28 @@ def _cast(parts: build.Parts) -> int:
 
 
 def _turned(parts: build.Parts) -> int:
-    """What is there a second time: before the loop, compilers turn a stack over so that what a layer gathers lies in one piece, and a table
-    that is the head too. Those for GPUs do so with weights that are split along their last axis; those for TPUs with experts whose shards
-    are then narrower than lanes, and with codes that are split along the inputs."""
+    """What is there a second time: before a loop, compilers turn over what it would gather from many places.
+
+    Those for GPUs do so with weights that are split along their last axis; those for TPUs with experts whose shards are then narrower than
+    lanes, and with codes that are split along the inputs.
+    """
     m = parts.model
     leaves = {n: x for n, x in tree.flatten(m.layout).items() if not m.tuned(n)}
     codes = [x.codes for x in leaves.values() if isinstance(x, Quantised)]
     last = [x for x in leaves.values() if not isinstance(x, Quantised) and "fsdp" in _axes(x, len(x.shape) - 1)]
     if meshes.device(m.mesh).platform == "gpu":
         return sum(map(on_device, last))
-    narrow = [x for x in last if len(x.shape) == 4 and _narrow(x)]
+    narrow = [x for x in last if len(x.shape) == 4 and x.sharding.shard_shape(x.shape)[-1] % liveness.LANES]
     split = [x for x in codes if len(x.shape) == 4 and "fsdp" in _axes(x, 1)]
     return sum(map(on_device, [*narrow, *split]))
+
+
+def _tables(parts: build.Parts) -> list[str]:
+    """The embedding, if the head is made of it, and it neither learns nor is gathered: it is turned over for the head."""
+    m = parts.model
+    names = tree.flatten(m.layout)
+    tied = m.source.config.head.output == "vocabulary" and "head/kernel" not in names and m.mesh.shape["fsdp"] == 1
+    return [name for name in names if tied and name.endswith("embed/table") and not m.tuned(name)]
 
 
 def _axes(leaf: Any, axis: int) -> tuple[str, ...]:
@@ -204,11 +219,6 @@ def _axes(leaf: Any, axis: int) -> tuple[str, ...]:
     spec = leaf.sharding.spec
     names = spec[axis] if 0 <= axis < len(spec) else None
     return names if isinstance(names, tuple) else (names,) if names else ()
-
-
-def _narrow(leaf: Any) -> bool:
-    """Whether the rows of a shard are no whole lanes."""
-    return leaf.sharding.shard_shape(leaf.shape)[-1] % liveness.LANES != 0
 
 
 def _ahead(parts: build.Parts) -> int:
