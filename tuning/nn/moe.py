@@ -147,10 +147,11 @@ def route(settings, x_BTD, logits_BTE, real_BT, gate_XDF, up_XDF, down_XFD, axis
         "probability_E": (probability_BTE * real_BT1).sum((0, 1)),
         "tokens": real_BT1.sum(),
     }
-    rows = [y.reshape(-1, y.shape[-1]) for y in (x_BTD, share_BTK, chosen_BTK)]
+    x_SD, share_SK, chosen_SK = (y.reshape(-1, y.shape[-1]) for y in (x_BTD, share_BTK, chosen_BTK))
     how = How(E, activation, jax.config.jax_default_matmul_precision, axis, gathers)  # pyright: ignore[reportAttributeAccessIssue]
-    form = mix_in_pieces if pieces(how, rows[-1].shape) > 1 else mix
-    return form(how, *rows, gate_XDF, up_XDF, down_XFD).reshape(x_BTD.shape), sums  # pyright: ignore[reportAttributeAccessIssue]
+    form = mix_in_pieces if pieces(how, chosen_SK.shape) > 1 else mix
+    y_SD = form(how, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD)
+    return y_SD.reshape(x_BTD.shape), sums  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
