@@ -14,7 +14,7 @@ update, 1,000 updates. `lora` alone is the first.
     lora,v5e:16x16   256 TPU v5e    plan: 4.5 of 15.8 GiB
     lora,v5p:4x4x4   64 TPU v5p     plan: 9.8 of 95.7 GiB, 170,000 tokens/s
     lora,v6e:8x8     64 TPU v6e     plan: 9.9 of 31.2 GiB, 220,000 tokens/s
-    lora,h100:8      8 x H100 80GB  plan: 17.1 of 79.6 GiB (estimated), 22,000 tokens/s
+    lora,h100:8      8 x H100 80GB  plan: 21.5 of 79.6 GiB, 22,000 tokens/s
 
 Not yet run on that hardware by us, so no speed is promised.
 """

@@ -14,7 +14,7 @@ Every argument trains the same: 64 rows of 4,096 tokens an update, 1,000 updates
     lora,v5p:4x4x4   64 TPU v5p     plan: 12.9 of 95.7 GiB, 64,000 tokens/s
     qlora,v5e:16x16  256 TPU v5e    plan: 6.6 of 15.8 GiB
     qlora,v5p:4x4x4  64 TPU v5p     plan: 11.5 of 95.7 GiB, 64,000 tokens/s
-    qlora,h200:1     1 x H200       plan: 66.5 of 139.8 GiB (estimated)
+    qlora,h200:1     1 x H200       plan: 67.1 of 139.8 GiB
 
 LoRA over bfloat16 is not for one H200: the weights alone take 131 of its 139 GiB, and a plan refuses it. In 4 bits they take 37 GiB, with
 embedding and head still in bfloat16. Not yet run on that hardware by us, so no speed is promised.

@@ -13,11 +13,11 @@ Every argument trains the same: 256 rows of 4,096 tokens an update, 1,000 update
     lora,v5e:16x16   256 TPU v5e    plan: 2.6 of 15.8 GiB
     lora,v5p:4x4x4   64 TPU v5p     plan: 8.5 of 95.7 GiB
     lora,v6e:8x8     64 TPU v6e     plan: 8.1 of 31.2 GiB, 710,000 tokens/s
-    lora,h100:8      8 x H100 80GB  plan: 9.6 of 79.6 GiB (estimated), 100,000 tokens/s
+    lora,h100:8      8 x H100 80GB  plan: 10.7 of 79.6 GiB, 100,000 tokens/s
     full,v5e:16x16   256 TPU v5e    plan: 5.5 of 15.8 GiB
     full,v5p:4x4x4   64 TPU v5p     plan: 11.9 of 95.7 GiB
     full,v6e:8x8     64 TPU v6e     plan: 11.6 of 31.2 GiB, 490,000 tokens/s
-    full,h100:8      8 x H100 80GB  plan: 27.6 of 79.6 GiB (estimated), 81,000 tokens/s
+    full,h100:8      8 x H100 80GB  plan: 28.8 of 79.6 GiB, 81,000 tokens/s
 
 Weights are read slice by slice into their shards, so no host holds the model. Not yet run on that hardware by us, so no speed is promised.
 """

@@ -12,10 +12,10 @@ Adapters stand at the projections of attention: router and experts stay as they 
 (mesh.expert), which share their rows; all else is split as for a dense model. Every argument trains the same: 256 rows of 4,096 tokens an
 update, 1,000 updates. `lora` alone is the first.
 
-    lora,v5e:16x16   256 TPU v5e    plan: 3.6 of 15.8 GiB
-    lora,v5p:4x4x4   64 TPU v5p     plan: 9.5 of 95.7 GiB, 870,000 tokens/s
-    lora,v6e:8x8     64 TPU v6e     plan: 9.5 of 31.2 GiB, 1,200,000 tokens/s
-    lora,h100:8      8 x H100 80GB  plan: 31.9 of 79.6 GiB (estimated), 130,000 tokens/s
+    lora,v5e:16x16   256 TPU v5e    plan: 3.7 of 15.8 GiB
+    lora,v5p:4x4x4   64 TPU v5p     plan: 7.8 of 95.7 GiB, 870,000 tokens/s
+    lora,v6e:8x8     64 TPU v6e     plan: 7.8 of 31.2 GiB, 1,200,000 tokens/s
+    lora,h100:8      8 x H100 80GB  plan: 29.5 of 79.6 GiB, 130,000 tokens/s
 
 Not yet run on that hardware by us, so no speed is promised.
 """

@@ -24,13 +24,14 @@ topologies:
   Without --topology the plan is for the devices that are here.
 
 what it stands on:
-  Memory is estimated from the traced step; --compile compiles the real one, for TPUs on any machine (pip install 'tuning[tpu]'), and its
-  figure decides. Times stand on published throughputs of the same device, or on a run of yours (--measured); what has no source is said
+  Memory is estimated from the traced step; --compile compiles the real one, on any machine (pip install 'tuning[tpu]', for GPUs
+  'tuning[cuda-compiler]'), and its figure decides. Times stand on published throughputs of the same device, or on a run of yours (--measured); what has no source is said
   to be unknown. Costs stand on your own table of prices: copy tuning/plan/prices.json, fill it in, and give it as --prices.
 
 examples:
   tuning plan --config=configs/llama8b.py:lora --topology=v5e:16x16
   tuning plan --config=configs/llama8b.py:full,v5p:4x4x4 --topology=v5p:4x4x4 --compile
+  tuning plan --config=configs/llama8b.py:lora,h100:8 --topology=h100:8 --compile
   tuning plan --config=configs/lora.py --config.model.path=meta-llama/Llama-3.1-8B --topology=rtx4090:1 --search
   tuning plan --config=configs/lora.py --config.model.path=meta-llama/Llama-3.1-8B --topology=rtx4090:1 --methods
 """

@@ -47,7 +47,7 @@ class Op:
 @dataclasses.dataclass
 class Flat:
     """A jaxpr with its calls in place. sizes: bytes by value; codes: the values of whole numbers in a byte; heads: those that a reshape
-    split into heads; fed: float32 that goes into a product."""
+    split into heads; fed: float32 that is read as a whole, by a product for one."""
 
     ops: list[Op]
     sizes: list[int]
@@ -197,6 +197,9 @@ def flat(jaxpr: Any, habits: Habits) -> Flat:
                     seen[ins[0], str(eqn.outvars[0].aval.dtype)] = outs
                 if eqn.primitive.name == "reshape" and eqn.outvars[0].aval.ndim > eqn.invars[0].aval.ndim and eqn.outvars[0].aval.ndim == 4:
                     made.heads.update(outs)
+                capped = eqn.primitive.name == "mul" and not made.fed.isdisjoint(ins)
+                if (eqn.primitive.name == "tanh" or capped) and _is_plain(eqn.outvars[0].aval):
+                    made.fed.update(outs)  # capped logits and what they are capped from: their gradient reads both
                 if eqn.primitive.name == "dot_general":
                     made.fed.update(v for v, var in zip(ins, eqn.invars, strict=True) if v >= 0 and _is_plain(var.aval))
                 made.ops.append(Op(eqn.primitive.name, tuple(ins), tuple(outs), eqn.params, _over(eqn)))

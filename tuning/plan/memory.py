@@ -102,7 +102,13 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
             return 0.0
         return 1.0 if names[i] in turned else own.slices
 
-    found = liveness.peak(traced, own, held, lambda i, size: results[i] if i < len(results) else size)
+    # What the head's gradient sums up to over devices is asked for at the end, and stays whole until then.
+    late = own.slices > 0 and parts.settings.accumulate == 1
+
+    def result(i: int, size: int) -> float:
+        return results[i] if i < len(results) and not (late and names[i] == "head/kernel") else size
+
+    found = liveness.peak(traced, own, held, result)
     return dataclasses.replace(found, bytes=max(0, found.bytes - sum(results)))
 
 
@@ -192,18 +198,24 @@ def _cast(parts: build.Parts) -> int:
 def _turned(parts: build.Parts) -> int:
     """What is there a second time: before a loop, compilers turn over what it would gather from many places.
 
-    Those for GPUs do so with weights that are split along their last axis; those for TPUs with experts whose shards are then narrower than
-    lanes, and with codes that are split along the inputs.
+    Those for GPUs do so with weights that fsdp splits along their last axis; those for TPUs with experts whose rows are split and then no
+    whole lanes (one after the other, unless microbatches need all of them), and with codes that fsdp splits along the inputs.
     """
     m = parts.model
     leaves = {n: x for n, x in tree.flatten(m.layout).items() if not m.tuned(n)}
     codes = [x.codes for x in leaves.values() if isinstance(x, Quantised)]
-    last = [x for x in leaves.values() if not isinstance(x, Quantised) and "fsdp" in _axes(x, len(x.shape) - 1)]
+    last = [x for x in leaves.values() if not isinstance(x, Quantised) and _axes(x, len(x.shape) - 1)]
     if meshes.device(m.mesh).platform == "gpu":
-        return sum(map(on_device, last))
-    narrow = [x for x in last if len(x.shape) == 4 and x.sharding.shard_shape(x.shape)[-1] % liveness.LANES]
-    split = [x for x in codes if len(x.shape) == 4 and "fsdp" in _axes(x, 1)]
-    return sum(map(on_device, [*narrow, *split]))
+        return sum(on_device(x) for x in last if "fsdp" in _axes(x, len(x.shape) - 1))
+    narrow = [_filled(x) for x in last if len(x.shape) == 4 and x.sharding.shard_shape(x.shape)[-1] % liveness.LANES]
+    experts = sum(narrow) if parts.settings.accumulate > 1 else max(narrow, default=0)
+    return experts + sum(on_device(x) for x in codes if len(x.shape) == 4 and "fsdp" in _axes(x, 1))
+
+
+def _filled(leaf: Any) -> int:
+    """Bytes of a device's shard whose rows are filled up to whole lanes."""
+    *most, last = leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(most) * -(-last // liveness.LANES) * liveness.LANES * leaf.dtype.itemsize
 
 
 def _tables(parts: build.Parts) -> list[str]:

@@ -96,11 +96,11 @@ class Variants:
         """What was traced of the same work, by rows that a device has at a time.
 
         Into how many pieces fsdp splits the weights does not matter once each layer gathers them, but for what compilers do with them then,
-        unless they have gradients.
+        unless they have gradients; and whether one microbatch is all, to what the head's comes to.
         """
         m = parts.model
         sizes = dict(m.mesh.shape)
-        pieces = sizes["fsdp"] if build.base_leaves(m) else memory.habits(parts)
+        pieces = (sizes["fsdp"], parts.settings.accumulate > 1) if build.base_leaves(m) else memory.habits(parts)
         shared = {key: parts.config[key] for key in ("model", "method", "objective", "data")}
         work = configs.plain(shared), meshes.device(m.mesh).device_kind, sizes["tensor"], sizes["expert"], sizes["context"], pieces
         return self._traced.setdefault(repr(work), {})
