@@ -25,8 +25,9 @@ topologies:
 
 what it stands on:
   Memory is estimated from the traced step; --compile compiles the real one, on any machine (pip install 'tuning[tpu]', for GPUs
-  'tuning[cuda-compiler]'), and its figure decides. Times stand on published throughputs of the same device, or on a run of yours (--measured); what has no source is said
-  to be unknown. Costs stand on your own table of prices: copy tuning/plan/prices.json, fill it in, and give it as --prices.
+  'tuning[cuda-compiler]'), and its figure decides. Times stand on published throughputs of the same device, or on a run of yours
+  (--measured); what has no source is said to be unknown. Costs stand on your own table of prices: copy tuning/plan/prices.json, fill
+  it in, and give it as --prices.
 
 examples:
   tuning plan --config=configs/llama8b.py:lora --topology=v5e:16x16
