@@ -58,10 +58,14 @@ def test_every_gpu_is_described_to_the_compiler(chip):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs pip install 'tuning[cuda-compiler]' (400 MB)")
-def test_a_step_is_compiled_for_gpus_that_are_not_here(home, tmp_path):
+def test_a_step_is_compiled_for_gpus_that_are_not_here(home):
     """In a process of its own: this one's devices are known already."""
-    folder = str(home / "model")
-    flags = [f"--config.model.path={folder}", "--config.train.batch_size=4", "--config.data.train.length=64", "--config.mesh.fsdp=2"]
+    flags = [
+        f"--config.model.path={home / 'model'}",
+        "--config.train.batch_size=4",
+        "--config.data.train.length=64",
+        "--config.mesh.fsdp=2",
+    ]
     command = [sys.executable, "-m", "tuning", "plan", "--config=configs/lora.py", "--topology=a100-40:2", "--compile", "--json", *flags]
     plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert plan["compiled"]["peak_bytes"] > 0 and plan["compiled"]["collectives"]["all-gather"]["count"] > 0

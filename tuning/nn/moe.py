@@ -91,10 +91,10 @@ def balance(sums: Sums) -> Mean:
 def spread(settings, x_BTD, logits_BTE, real_BT, gate_EDF, up_EDF, down_EFD) -> tuple[jax.Array, Sums]:
     """`route` on the devices of `jax.set_mesh`, each for its own rows of the batch, its own experts and its own part of F.
 
-    Where the axis `expert` splits both the rows and the experts, every device of the axis gathers the rows of all, works with the experts
-    that it has, and the results are added on the way back to where the rows belong. (Sending each token only to its experts would move
-    less, but the messages would need a fixed size, and tokens beyond it would be dropped.) One device's part of a program over that axis
-    (`jax.shard_map`) does just this.
+    Where the axis `expert` splits both the rows and the experts, every device of the axis gathers the rows of all, some at a time, works
+    with the experts that it has, and the results are added on the way back to where the rows belong. (Sending each token only to its
+    experts would move less, but the messages would need a fixed size, and tokens beyond it would be dropped.) One device's part of a
+    program over that axis (`jax.shard_map`) does just this.
     """
     here = mesh.here()
     if here.empty or here.size == 1:

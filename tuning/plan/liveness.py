@@ -3,7 +3,9 @@
 The model: results of matrix products, kernels, loops and whatever else cannot be fused lie in memory from where they are made to where they
 are last used; what is computed element by element is fused into its users, so that in its place what it is computed from stays alive,
 unless it is smaller than that. A loop takes what its body takes, once, and what it stacks. A kernel that is kept in codes is an array where
-it multiplies, and heads that are narrower than a TPU's lanes are filled up. How near this comes is in experiments/pod_compilation.
+it multiplies, and heads that are narrower than a TPU's lanes are filled up; heads that are made float32 lie in memory, and so does float32
+that goes into a product. All of it is then packed as XLA does, roughly, and what the gaps take counts. How near this comes is in
+experiments/pod_compilation.
 """
 
 from __future__ import annotations
@@ -189,26 +191,39 @@ def flat(jaxpr: Any, habits: Habits) -> Flat:
             if eqn.primitive.name in CALLS and inner is not None:
                 inner = getattr(inner, "jaxpr", inner)
                 outs = walk(inner, ins[len(ins) - len(inner.invars) :])
-            elif eqn.primitive.name == "convert_element_type" and ins[0] in made.heads and (ins[0], str(eqn.outvars[0].aval.dtype)) in seen:
-                outs = seen[ins[0], str(eqn.outvars[0].aval.dtype)]
             else:
-                outs = [new(var.aval) for var in eqn.outvars]
-                if eqn.primitive.name == "convert_element_type" and ins[0] in made.heads:
-                    seen[ins[0], str(eqn.outvars[0].aval.dtype)] = outs
-                if eqn.primitive.name == "reshape" and eqn.outvars[0].aval.ndim > eqn.invars[0].aval.ndim and eqn.outvars[0].aval.ndim == 4:
-                    made.heads.update(outs)
-                capped = eqn.primitive.name == "mul" and not made.fed.isdisjoint(ins)
-                if (eqn.primitive.name == "tanh" or capped) and _is_plain(eqn.outvars[0].aval):
-                    made.fed.update(outs)  # capped logits and what they are capped from: their gradient reads both
-                if eqn.primitive.name == "dot_general":
-                    made.fed.update(v for v, var in zip(ins, eqn.invars, strict=True) if v >= 0 and _is_plain(var.aval))
-                made.ops.append(Op(eqn.primitive.name, tuple(ins), tuple(outs), eqn.params, _over(eqn)))
+                # Both passes make the same heads wider: compilers do so once.
+                key = (ins[0], str(eqn.outvars[0].aval.dtype)) if _widens(eqn) and ins[0] in made.heads else None
+                outs = seen.get(key) or [new(var.aval) for var in eqn.outvars]
+                if key not in seen:
+                    made.ops.append(Op(eqn.primitive.name, tuple(ins), tuple(outs), eqn.params, _over(eqn)))
+                    _mark(made, eqn, ins, outs)
+                if key:
+                    seen[key] = outs
             known.update(zip(eqn.outvars, outs, strict=True))
         return [at(var) for var in jaxpr.outvars]
 
     made.inputs = [new(var.aval) for var in jaxpr.invars]
     made.outputs = walk(jaxpr, made.inputs)
     return made
+
+
+def _widens(eqn: Any) -> bool:
+    return eqn.primitive.name == "convert_element_type" and eqn.outvars[0].aval.dtype.itemsize > eqn.invars[0].aval.dtype.itemsize
+
+
+def _mark(made: Flat, eqn: Any, ins: Sequence[int], outs: Sequence[int]) -> None:
+    """Adds an operation's values to `heads` and `fed`."""
+    if not outs:
+        return
+    name, result = eqn.primitive.name, eqn.outvars[0].aval
+    if name == "reshape" and result.ndim == 4 > eqn.invars[0].aval.ndim:
+        made.heads.update(outs)
+    if name == "dot_general":
+        made.fed.update(v for v, var in zip(ins, eqn.invars, strict=True) if v >= 0 and _is_plain(var.aval))
+    # The gradient of capped logits reads them and what they are capped from.
+    if (name == "tanh" or (name == "mul" and not made.fed.isdisjoint(ins))) and _is_plain(result):
+        made.fed.update(outs)
 
 
 def _is_plain(aval: Any) -> bool:
@@ -236,7 +251,7 @@ def _lives(f: Flat, size: Sequence[float], final: set[int]) -> dict[int, tuple[i
         alive = frozenset().union(*(roots[v] for v in op.inputs if v >= 0))
         for v in op.outputs:
             smaller = len(alive) > 1 and size[v] <= SMALLER * sum(size[r] for r in alive)
-            wider = op.name == "convert_element_type" and op.inputs[0] in f.heads and f.sizes[v] > f.sizes[op.inputs[0]]
+            wider = op.name == "convert_element_type" and op.inputs[0] in f.heads and f.sizes[v] > f.sizes[op.inputs[0]]  # than the heads
             made = (op.name in MADE or v in final or smaller or wider or v in f.fed) and v not in summed
             roots[v] = frozenset([v]) if made else alive
             first.setdefault(v, n)

@@ -67,7 +67,8 @@ class Topology:
                     "made of a step would be another program. Leave out --compile."
                 )
             return found
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # compiling takes neither a driver nor CUDA's libraries
+        if self.gpu:  # before jax looks for devices: compiling takes neither a driver nor CUDA's libraries
+            os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         with quiet():
             here = jax.devices()
         if self.chip is not None and chips.of(here[0].device_kind) is self.chip and len(here) >= self.devices:
