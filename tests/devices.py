@@ -5,8 +5,9 @@ def environment(count: int = 8) -> dict[str, str]:
     """The environment variables of a process with `count` devices; to be set before jax is imported."""
     flags = (
         f"--xla_force_host_platform_device_count={count}",
-        # Tiny programs are compiled more often than run: less effort on their machine code halves the time of the tests.
-        "--xla_backend_optimization_level=1",
+        # Tiny programs are compiled more often than run: no effort on their machine code takes a third of the time of compiling.
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false",
         # The devices share few cores: where one waits long for the others, that is no deadlock.
         "--xla_cpu_collective_call_terminate_timeout_seconds=300",
