@@ -65,3 +65,23 @@ def test_a_matrix_that_comes_shard_by_shard_is_there_in_part():
     shapes = ((8, 256), jnp.float32), ((4, 256, 256), jnp.float32)
     whole, part = (peak(function, *shapes, habits=liveness.Habits(1.0, share)).bytes for share in (1.0, 0.75))
     assert whole - part == pytest.approx(64 * KIB)
+
+
+def test_products_by_experts_give_their_place_to_what_is_computed_from_them():
+    rows, kernel = ((64, 64), jnp.float32), ((4, 64, 64), jnp.float32)
+
+    def function(x, kernel, sizes):
+        product = lambda: jax.lax.cond(sizes[0] > 0, jax.lax.ragged_dot, lambda x, *_: x, x, kernel, sizes)  # noqa: E731
+        gate, up, down = product(), product(), product()
+        one, other = down * gate, down * up  # the other ends two of them
+        return one @ x, other @ x, gate.sum()
+
+    assert peak(function, rows, kernel, ((4,), jnp.int32)).bytes == pytest.approx(4 * 16 * KIB, rel=0.02)
+
+
+def test_a_kernel_in_codes_is_an_array_where_experts_multiply_by_it():
+    def function(x, codes, sizes):
+        return jax.lax.ragged_dot(x, codes.astype(jnp.float32) / 8, sizes).sum()
+
+    shapes = ((64, 64), jnp.float32), ((4, 64, 64), jnp.int8), ((4,), jnp.int32)
+    assert peak(function, *shapes).bytes == pytest.approx((4 * 16 + 16) * KIB, rel=0.02)  # the kernel, and the product

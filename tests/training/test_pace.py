@@ -105,18 +105,19 @@ UNFREEZING = {"unfreeze_every": 2, "layer_decay": 0.9}
 
 
 @functools.cache
-def run(method="full", devices=1, steps=6, cuts=(), **settings):
+def run(method="full", devices=1, steps=6, cuts=(), eps=1e-8, **settings):
     """(measures of each step, states before and after each step) of a tiny model, at a rate and norm at which clipping acts."""
     where = meshes.over(jax.devices()[:devices], fsdp=devices)
     chosen = METHODS[method](tiny.outline(), **settings)
     net = tiny.build(cuts=chosen.cuts or cuts)
     with jax.set_mesh(where):
         layout = state.layout(net.abstract, net.axes, lambda name: "float32", where)
-        optimizer = OPTIMIZERS["adamw"](SCHEDULES["cosine"](12), learning_rate=1e-2, weight_decay=0.1)
+        optimizer = OPTIMIZERS["adamw"](SCHEDULES["cosine"](12), learning_rate=1e-2, weight_decay=0.1, eps=eps)
         optimizer = paced(optimizer, {name: chosen.pace(name) for name in tree.flatten(layout) if chosen.tuned(name)}, 12)
         now = state.start(state.fresh(net.init, layout, 0), chosen.tuned, optimizer.transform, where)
         make = functools.partial(step.train_step, net.apply, OBJECTIVES["next_token"](), optimizer.transform, begun=optimizer.begun)
         compiled = step.jit(make(accumulate=1, clip_norm=0.5, seed=0), now, jax.device_put(tiny.batch(), meshes.rows(where)))
+        now = step.placed(now, compiled)
         measures, states = [], [jax.device_get(now)]
         for i in range(steps):
             now, means = compiled(now, jax.device_put(tiny.batch(seed=i), meshes.rows(where)))
@@ -143,7 +144,8 @@ def test_what_does_not_learn_yet_is_bit_identical_and_so_is_its_optimizer_state(
 
 def test_until_the_next_stage_a_run_is_that_of_the_first_stage_alone():
     stage = {"leaves": "^(head|norm)/", "last_layers": 1}
-    alone, full = run("partial", steps=2, **stage), run(unfreeze_every=2, steps=2, cuts=(3, 4))
+    eps = 1e-3  # with less, Adam makes as much of what two programs round otherwise as of any gradient
+    alone, full = run("partial", steps=2, eps=eps, **stage), run(unfreeze_every=2, steps=2, cuts=(3, 4), eps=eps)
     for one, other in zip(alone[0], full[0], strict=True):
         assert one == pytest.approx(other, rel=1e-6)
     assert alone[0][0]["grad_norm"] > 0.5  # the gradient of what does not learn yet has no part in the norm that is clipped

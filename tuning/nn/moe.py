@@ -205,20 +205,19 @@ mix_in_pieces.defvjp(_mixed_forward, _mixed_backward, symbolic_zeros=True)
 
 def mix(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> jax.Array:
     """The sum over the experts that are here, [S, D]; of what all devices of the axis have, if their rows are gathered."""
-    K, X = share_SK.shape[1], up_XDF.shape[0]
+    X = up_XDF.shape[0]
     if how.gathers:
         x_SD, share_SK, chosen_SK = (jax.lax.all_gather(y, how.axis, tiled=True) for y in (x_SD, share_SK, chosen_SK))
     if how.axis:
         chosen_SK = chosen_SK - jax.lax.axis_index(how.axis) * X
-    S, D = x_SD.shape
     here_SK = (chosen_SK >= 0) & (chosen_SK < X)
     expert_M = jnp.where(here_SK, chosen_SK, X).reshape(-1)
     order_M = jnp.argsort(expert_M)
     back_M = jnp.argsort(order_M)
     sizes_X = (expert_M[:, None] == jnp.arange(X)[None]).sum(0, dtype=jnp.int32)
     # Nothing may come in from the rows past the last expert's, where a grouped product may leave anything, NaN too.
-    inside_M1 = (jnp.arange(S * K) < sizes_X.sum())[:, None]
-    settings = block_size(S * K, how.experts), how.precision
+    inside_M1 = (jnp.arange(expert_M.size) < sizes_X.sum())[:, None]
+    settings = block_size(expert_M.size, how.experts), how.precision
 
     def multiply(x, kernel) -> jax.Array:
         return grouped(settings, x, kernel, sizes_X)  # pyright: ignore[reportReturnType]
@@ -230,8 +229,7 @@ def mix(how: How, x_SD, share_SK, chosen_SK, gate_XDF, up_XDF, down_XFD) -> jax.
 
     x_MD = to_experts(x_SD, here_SK, order_M, back_M)
     y_MD = multiply(gated(multiply(x_MD, gate_XDF), multiply(x_MD, up_XDF)), down_XFD)
-    y_SKD = jnp.where(here_SK[..., None], to_tokens(y_MD, order_M, back_M).reshape(S, K, D), 0)
-    y_SD = (share_SK[..., None] * y_SKD.astype(jnp.float32)).sum(1).astype(x_SD.dtype)
+    y_SD = to_tokens(y_MD, share_SK, here_SK, order_M, back_M)
     return jax.lax.psum_scatter(y_SD, how.axis, tiled=True) if how.gathers else y_SD
 
 
@@ -256,12 +254,25 @@ to_experts.defvjp(
 
 
 @jax.custom_vjp
-def to_tokens(y_MD: jax.Array, order_M: jax.Array, back_M: jax.Array) -> jax.Array:
-    """The rows of `to_experts` in the order of the tokens and their choices again."""
-    return y_MD[back_M]
+def to_tokens(y_MD: jax.Array, share_SK: jax.Array, here_SK: jax.Array, order_M: jax.Array, back_M: jax.Array) -> jax.Array:
+    """What each token's choices came to, times their shares and added up in float32, [S, D]."""
+    return (share_SK[..., None] * _choices(y_MD, here_SK, back_M)).sum(1).astype(y_MD.dtype)
 
 
-to_tokens.defvjp(lambda y_MD, order_M, back_M: (y_MD[back_M], order_M), lambda order_M, d_MD: (d_MD[order_M], None, None))
+def _to_tokens_backward(kept, dy_SD):
+    y_MD, share_SK, here_SK, order_M, back_M = kept
+    share_M1 = jnp.where(here_SK, share_SK, 0).reshape(-1, 1)[order_M]
+    d_MD = (share_M1 * dy_SD[order_M // here_SK.shape[1]].astype(jnp.float32)).astype(y_MD.dtype)
+    dshare_SK = (_choices(y_MD, here_SK, back_M) * dy_SD[:, None].astype(jnp.float32)).sum(-1)
+    return d_MD, dshare_SK, None, None, None
+
+
+def _choices(y_MD, here_SK, back_M) -> jax.Array:
+    """The rows in the order of the tokens and their choices, [S, K, D] float32; 0 for what another device has."""
+    return jnp.where(here_SK[..., None], y_MD[back_M].reshape(*here_SK.shape, -1), 0).astype(jnp.float32)
+
+
+to_tokens.defvjp(lambda *given: (to_tokens(*given), given), _to_tokens_backward)
 
 
 def block_size(rows: int, experts: int) -> int:

@@ -2,10 +2,10 @@
 
 The model: results of matrix products, kernels, loops and whatever else cannot be fused lie in memory from where they are made to where they
 are last used; what is computed element by element is fused into its users, so that in its place what it is computed from stays alive,
-unless it is smaller than that. A loop takes what its body takes, once, and what it stacks. A kernel that is kept in codes is an array where
-it multiplies, and heads that are narrower than a TPU's lanes are filled up; heads that are made float32 lie in memory, and so does float32
-that goes into a product. All of it is then packed as XLA does, roughly, and what the gaps take counts. How near this comes is in
-experiments/pod_compilation.
+unless it is smaller than that; products by experts give their places to it. A loop takes what its body takes, once, and what it stacks. A
+kernel that is kept in codes is an array where it multiplies, and heads that are narrower than a TPU's lanes are filled up; heads that are
+made float32 lie in memory, and so does float32 that goes into a product. All of it is then packed as XLA does, roughly, and what the gaps
+take counts. How near this comes is in experiments/pod_compilation.
 """
 
 from __future__ import annotations
@@ -159,8 +159,14 @@ def buffers(
                 size[v] = 0.0
     stacks = {v for op in scans for v in op.outputs[op.params["num_carry"] :]} - final
     time = lambda n: span[0] + (span[1] - span[0]) * n / (len(f.ops) + 1)  # noqa: E731
-    made = []
-    for v, (first, last) in _lives(f, size, final).items():
+    made, lives = [], _lives(f, size, final)
+    given: dict[int, float] = {}
+    for v, (first, last) in sorted(lives.items(), key=lambda life: life[1]):
+        # A product by experts, into which nothing is fused, gives its place to what is computed from it element by element and ends it.
+        taken = f.ops[first].name not in MADE and 0 < size[v] <= given.get(first, 0.0)
+        if taken or f.ops[first].name == "cond":
+            given[last] = size[v]
+        first += taken
         # What an output is made of element by element lies in its place.
         in_place = last < len(f.ops) and f.ops[last].name not in MADE and not final.isdisjoint(f.ops[last].outputs)
         made.append(Buffer(time(first), time(last if in_place else last + 1), size[v], v in stacks, v in final))
@@ -245,7 +251,7 @@ def _lives(f: Flat, size: Sequence[float], final: set[int]) -> dict[int, tuple[i
     last: dict[int, int] = {}
     summed = _summed(f)
     for n, op in enumerate(f.ops):
-        for v in op.inputs if op.name == "dot_general" else ():
+        for v in op.inputs if op.name in ("dot_general", "ragged_dot_general") else ():
             if v >= 0 and roots[v] & f.codes:
                 roots[v] = frozenset([v])
         alive = frozenset().union(*(roots[v] for v in op.inputs if v >= 0))

@@ -77,9 +77,10 @@ def estimate(parts: build.Parts, peak: liveness.Peak | None = None) -> Memory:
     peak = temporaries(parts) if peak is None else peak
     copies = 2 if settings.accumulate > 1 else 1
     activations, logits = min(peak.kept, peak.bytes), min(_logits(parts), peak.bytes)
-    rest = max(0, peak.bytes - activations - logits) + _cast(parts) + _turned(parts)
+    filled, copied = _narrow(parts)
+    rest = max(0, peak.bytes - activations - logits) + _cast(parts) + copied
     return Memory(
-        on_device(start.frozen), gradients, copies * gradients, on_device(start.optimizer), activations, logits,
+        on_device(start.frozen) + filled, gradients, copies * gradients, on_device(start.optimizer), activations, logits,
         on_device(loader.abstract(parts.train, settings.batch_size, m.mesh)), _cache(parts), rest,
     )  # fmt: skip
 
@@ -97,10 +98,12 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
     traced, names = _traced(parts)
     own, turned = habits(parts), _tables(parts)
 
+    summed = _adds(parts) and not m.tuned("head/kernel")  # what is added up lies beside the sum
+
     def held(i: int) -> float:
         if i >= len(names) or stack.layer_range(names[i]) is not None:
             return 0.0
-        return 1.0 if names[i] in turned else own.slices
+        return 1.0 if names[i] in turned else own.slices * (2 if names[i] == "head/kernel" and summed else 1)
 
     # What the head's gradient sums up to over devices is asked for at the end, and stays whole until then.
     late = own.slices > 0 and parts.settings.accumulate == 1
@@ -195,27 +198,19 @@ def _cast(parts: build.Parts) -> int:
     return sum(on_device(x) * dtype.itemsize // x.dtype.itemsize for x in learns)
 
 
-def _turned(parts: build.Parts) -> int:
-    """What is there a second time: before a loop, compilers turn over what it would gather from many places.
+def _narrow(parts: build.Parts) -> tuple[int, int]:
+    """(bytes that are filled up, bytes that are copied) of frozen experts whose rows a mesh has split so that they are no whole lanes.
 
-    Those for GPUs do so with weights that fsdp splits along their last axis; those for TPUs with experts whose rows are split and then no
-    whole lanes (one after the other, unless microbatches need all of them), and with codes that fsdp splits along the inputs.
+    Compilers for TPUs fill up the rows of one leaf, or of all where there are microbatches, which also need a leaf the other way round.
     """
     m = parts.model
-    leaves = {n: x for n, x in tree.flatten(m.layout).items() if not m.tuned(n)}
-    codes = [x.codes for x in leaves.values() if isinstance(x, Quantised)]
-    last = [x for x in leaves.values() if not isinstance(x, Quantised) and _axes(x, len(x.shape) - 1)]
-    if meshes.device(m.mesh).platform == "gpu":
-        return sum(on_device(x) for x in last if "fsdp" in _axes(x, len(x.shape) - 1))
-    narrow = [_filled(x) for x in last if len(x.shape) == 4 and x.sharding.shard_shape(x.shape)[-1] % liveness.LANES]
-    experts = sum(narrow) if parts.settings.accumulate > 1 else max(narrow, default=0)
-    return experts + sum(on_device(x) for x in codes if len(x.shape) == 4 and "fsdp" in _axes(x, 1))
-
-
-def _filled(leaf: Any) -> int:
-    """Bytes of a device's shard whose rows are filled up to whole lanes."""
-    *most, last = leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(most) * -(-last // liveness.LANES) * liveness.LANES * leaf.dtype.itemsize
+    leaves = [x for n, x in tree.flatten(m.layout).items() if not m.tuned(n) and len(x.shape) == 4 and not isinstance(x, Quantised)]
+    lanes = [(x, x.sharding.shard_shape(x.shape)[-1] / liveness.LANES) for x in leaves if _axes(x, 3)]
+    narrow = [(x, n) for x, n in lanes if n % 1]
+    if meshes.device(m.mesh).platform != "tpu" or not narrow:
+        return 0, 0
+    filled = [int(on_device(x) * (math.ceil(n) / n - 1)) for x, n in narrow]
+    return (sum(filled), max(on_device(x) for x, _ in narrow)) if parts.settings.accumulate > 1 else (max(filled), 0)
 
 
 def _tables(parts: build.Parts) -> list[str]:
