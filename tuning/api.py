@@ -68,7 +68,6 @@ def train_opened(run: Opened, argv: Sequence[str] = (), on_eval: OnEval | None =
     loaded = time.monotonic()
     ready = "read from its file" if compiled else "compiled"
     compiled = compiled or step.jit(parts.train_step(seed), start, loader.abstract(parts.train, parts.settings.batch_size, m.mesh))
-    start = step.placed(start, compiled)
     display.say(f"Weights ready in {loaded - began:.1f} s, train step {ready} in {time.monotonic() - loaded:.1f} s.")
     display = Display(run.path.name, parts.settings.steps, int(start.step), run.first)
     with run.writer(int(start.step), meta, said) as writer:

@@ -133,7 +133,6 @@ def program(config: Mapping[str, Any]) -> Callable[[float, int], Record]:
             batches = [data.batch(number) for number in range(settings.steps)]
             now = state.start(weights.start_params(m, seed), m.tuned, transform, m.mesh)
             now = dataclasses.replace(now, optimizer=(jax.device_put(np.float32(rate), now.optimizer[0].sharding), now.optimizer[1]))
-            now = step.placed(now, compiled)
             jax.block_until_ready((now, batches))
             began, means = time.process_time(), {}
             for batch in batches:

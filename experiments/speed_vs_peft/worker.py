@@ -46,7 +46,6 @@ def ours(job: Job, directory: Path) -> Side:
         now = state.start(weights.start_params(m, 0), m.tuned, optimizer.transform, m.mesh)
         update = step.train_step(m.network.apply, bind("objective")(), optimizer.transform, accumulate=1, clip_norm=job.clip_norm, seed=0)
         compiled = step.jit(update, now, put(0))
-        now = step.placed(now, compiled)
 
     def run(first: int, last: int) -> float:
         nonlocal now

@@ -100,7 +100,6 @@ def ours(run: Mapping[str, Any], adapter: Path) -> tuple[list[Update], list[dict
             export.write(m, params, parts.config["method"], adapter, "peft", merge=False)
         now = state.start(params, m.tuned, parts.optimizer.transform, m.mesh)
         compiled = step.jit(parts.train_step(seed), now, data.batch(0))
-        now = step.placed(now, compiled)
         for number in range(parts.settings.steps):
             batch = data.batch(number)
             now, means = compiled(now, batch)

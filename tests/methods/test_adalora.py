@@ -67,7 +67,6 @@ def ours(folder, **sizes):
         batches = [jax.device_put(batch_of(i), meshes.rows(where)) for i in range(STEPS)]
         made = step.train_step(m.network.apply, loss, transform, accumulate=1, clip_norm=CLIP, seed=0, penalty=method.penalty)
         compiled = step.jit(made, now, batches[0])
-        now = step.placed(now, compiled)
         for batch in batches:
             now, means = compiled(now, batch)
             said = {name: float(mean.value) for name, mean in means.items()}

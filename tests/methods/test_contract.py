@@ -118,7 +118,6 @@ def test_a_method_keeps_its_contract(name, family, at, base_of, tmp_path):
             m.network.apply, loss, optimizer.transform, accumulate=1, clip_norm=1.0, seed=0, begun=optimizer.begun, penalty=method.penalty
         )
         compiled, still = step.jit(update, now, batch), set(tuned)
-        now = step.placed(now, compiled)
         for _ in range(STEPS):
             now, _ = compiled(now, batch)
             still -= {n for n, x in host(now.tuned).items() if not np.array_equal(x, tuned[n])}

@@ -242,7 +242,6 @@ def test_a_method_takes_the_same_steps_in_a_group(home, variant):
         m, k = other.model, parts.index(other)
         own = state.start(weights.start_params(m, other.config["seed"]), m.tuned, other.optimizer.transform, m.mesh)
         took = step.jit(other.train_step(other.config["seed"]), own, loaders[k].batch(0))
-        own = step.placed(own, took)
         for i, stacked in zip(range(3), many.batches(whole.train, loaders, m.mesh), strict=False):
             now, means = program(now, stacked)
             own, wanted = took(own, loaders[k].batch(i))

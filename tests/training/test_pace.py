@@ -117,7 +117,6 @@ def run(method="full", devices=1, steps=6, cuts=(), eps=1e-8, **settings):
         now = state.start(state.fresh(net.init, layout, 0), chosen.tuned, optimizer.transform, where)
         make = functools.partial(step.train_step, net.apply, OBJECTIVES["next_token"](), optimizer.transform, begun=optimizer.begun)
         compiled = step.jit(make(accumulate=1, clip_norm=0.5, seed=0), now, jax.device_put(tiny.batch(), meshes.rows(where)))
-        now = step.placed(now, compiled)
         measures, states = [], [jax.device_get(now)]
         for i in range(steps):
             now, means = compiled(now, jax.device_put(tiny.batch(seed=i), meshes.rows(where)))

@@ -64,7 +64,6 @@ def train(config, method, sizes=None, steps=12):
         batch = jax.device_put(packed(classes=len(config.head.classes) or V), meshes.rows(where))
         made = step.train_step(net.apply, OBJECTIVES["next_token"](), transform, accumulate=1, clip_norm=1.0, seed=0)
         compiled, losses = step.jit(made, start, batch), []
-        start = step.placed(start, compiled)
         for _ in range(steps):
             start, means = compiled(start, batch)
             losses.append(float(means["loss"].value))

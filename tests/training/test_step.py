@@ -1,6 +1,5 @@
 """The one train step: whatever the accumulation or the mesh, the same update; what is frozen stays, and costs nothing."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,14 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.experimental.layout import Format, Layout
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from tests import hlo, tiny
 from tuning.core import mesh as meshes
 from tuning.core import tree
-from tuning.core.types import Batch, TrainState
+from tuning.core.types import Batch
 from tuning.methods import METHODS
 from tuning.models.transformer import TransformerConfig
 from tuning.objectives import OBJECTIVES
@@ -39,7 +35,7 @@ def run(method="lora", sizes=None, accumulate=1, steps=3, config=tiny.CONFIG, se
             net.apply, OBJECTIVES["next_token"](), transform, accumulate=accumulate, clip_norm=kw.get("clip", 1.0), seed=0
         )
         compiled = step.jit(made, start, batches[0])
-        losses, now = [], step.placed(start, compiled)
+        losses, now = [], start
         for batch in batches:
             now, means = compiled(now, batch)
             losses.append(float(means["loss"].value))
@@ -154,21 +150,3 @@ def test_the_compiled_step_makes_no_more_dots_than_the_formula(method, settings)
     shapes = {name: leaf.shape for name, leaf in tree.flatten(layout).items()}
     formula = flops.flops_per_token(shapes, chosen.tuned, WIDE.attention_flops(64))
     assert 0.9 * formula <= counted <= 1.15 * formula
-
-
-def test_the_compiler_chooses_how_frozen_leaves_lie_but_where_parts_are_no_whole_tiles():
-    where = meshes.over(jax.devices()[:4], fsdp=4)
-    put = lambda rows: jax.device_put(np.ones((2, rows, 48), np.float32), NamedSharding(where, P(None, "fsdp", None)))  # noqa: E731
-    frozen = {"whole": put(64), "parts": put(32)}
-    start = TrainState(put(64), {}, frozen, ())
-    batch = jax.device_put(np.ones(2, np.float32), meshes.replicated(where))
-    both = step.jit(lambda s, b: (s, {name: jnp.einsum("lio,b->o", x, b) for name, x in s.frozen.items()}), start, batch)
-    chosen = both.input_formats[0][0].frozen
-    assert chosen["parts"] == frozen["parts"].format  # its place is its own
-
-    turned = {name: jax.device_put(x, Format(Layout((2, 1, 0)), x.sharding)) for name, x in frozen.items()}
-    now = step.placed(dataclasses.replace(start, frozen=turned), both)
-    for _ in range(2):  # what comes out goes in again
-        assert {name: x.format for name, x in now.frozen.items()} == chosen
-        now, _ = both(now, batch)
-    assert all(x.is_deleted() for x in turned.values())

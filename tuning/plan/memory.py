@@ -77,10 +77,9 @@ def estimate(parts: build.Parts, peak: liveness.Peak | None = None) -> Memory:
     peak = temporaries(parts) if peak is None else peak
     copies = 2 if settings.accumulate > 1 else 1
     activations, logits = min(peak.kept, peak.bytes), min(_logits(parts), peak.bytes)
-    filled, copied = _narrow(parts)
-    rest = max(0, peak.bytes - activations - logits) + _cast(parts) + copied
+    rest = max(0, peak.bytes - activations - logits) + _cast(parts) + _turned(parts)
     return Memory(
-        on_device(start.frozen) + filled, gradients, copies * gradients, on_device(start.optimizer), activations, logits,
+        on_device(start.frozen), gradients, copies * gradients, on_device(start.optimizer), activations, logits,
         on_device(loader.abstract(parts.train, settings.batch_size, m.mesh)), _cache(parts), rest,
     )  # fmt: skip
 
@@ -198,19 +197,27 @@ def _cast(parts: build.Parts) -> int:
     return sum(on_device(x) * dtype.itemsize // x.dtype.itemsize for x in learns)
 
 
-def _narrow(parts: build.Parts) -> tuple[int, int]:
-    """(bytes that are filled up, bytes that are copied) of frozen experts whose rows a mesh has split so that they are no whole lanes.
+def _turned(parts: build.Parts) -> int:
+    """What is there a second time: before a loop, compilers turn over what it would gather from many places.
 
-    Compilers for TPUs fill up the rows of one leaf, or of all where there are microbatches, which also need a leaf the other way round.
+    Those for GPUs do so with weights that fsdp splits along their last axis; those for TPUs with experts whose rows are split and then no
+    whole lanes (one after the other, unless microbatches need all of them), and with codes that fsdp splits along the inputs.
     """
     m = parts.model
-    leaves = [x for n, x in tree.flatten(m.layout).items() if not m.tuned(n) and len(x.shape) == 4 and not isinstance(x, Quantised)]
-    lanes = [(x, x.sharding.shard_shape(x.shape)[-1] / liveness.LANES) for x in leaves if _axes(x, 3)]
-    narrow = [(x, n) for x, n in lanes if n % 1]
-    if meshes.device(m.mesh).platform != "tpu" or not narrow:
-        return 0, 0
-    filled = [int(on_device(x) * (math.ceil(n) / n - 1)) for x, n in narrow]
-    return (sum(filled), max(on_device(x) for x, _ in narrow)) if parts.settings.accumulate > 1 else (max(filled), 0)
+    leaves = {n: x for n, x in tree.flatten(m.layout).items() if not m.tuned(n)}
+    codes = [x.codes for x in leaves.values() if isinstance(x, Quantised)]
+    last = [x for x in leaves.values() if not isinstance(x, Quantised) and _axes(x, len(x.shape) - 1)]
+    if meshes.device(m.mesh).platform == "gpu":
+        return sum(on_device(x) for x in last if "fsdp" in _axes(x, len(x.shape) - 1))
+    narrow = [_filled(x) for x in last if len(x.shape) == 4 and x.sharding.shard_shape(x.shape)[-1] % liveness.LANES]
+    experts = sum(narrow) if parts.settings.accumulate > 1 else max(narrow, default=0)
+    return experts + sum(on_device(x) for x in codes if len(x.shape) == 4 and "fsdp" in _axes(x, 1))
+
+
+def _filled(leaf: Any) -> int:
+    """Bytes of a device's shard whose rows are filled up to whole lanes."""
+    *most, last = leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(most) * -(-last // liveness.LANES) * liveness.LANES * leaf.dtype.itemsize
 
 
 def _tables(parts: build.Parts) -> list[str]:

@@ -5,20 +5,16 @@ loss over the tuned leaves -> sums of gradients and weights over microbatches ->
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.layout import Format, Layout
 
 from tuning.core import keys, tree
 from tuning.core.types import Batch, Forward, Loss, Mean, Means, TrainState, Tree
 
-TILE = 16  # rows of two bytes that a TPU keeps together
 Apply = Callable[..., tuple]  # apply(params, batch, key) -> hidden, head, measures
 
 
@@ -122,29 +118,11 @@ def evaluate(step: Callable[[Tree, Batch], Means], params: Tree, batches: Iterab
 
 
 def jit(step: Callable, state: TrainState, batch: Batch):
-    """The train step compiled for this state and batch, the state donated and kept where it is. It takes states that are `placed`."""
+    """The train step compiled for this state and batch, the state donated and kept where it is."""
     return lower(step, state, batch).compile()
 
 
 def lower(step: Callable, state: TrainState, batch: Batch):
-    """The same before it is compiled; state and batch may be abstract, on devices that are not here.
-
-    The compiler chooses how frozen leaves lie in memory, so that no step turns them over: a turned copy would live as long as the step.
-    """
-    places, rows = jax.tree.map(lambda x: x.sharding, (state, batch))
-    places = dataclasses.replace(places, frozen=jax.tree.map(_free, state.frozen))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    return jax.jit(step, donate_argnums=0, in_shardings=(places, rows), out_shardings=(places, None)).lower(shapes, batch)
-
-
-def _free(leaf: Any) -> Any:
-    """A sharding with a layout that the compiler chooses, but where parts are no whole tiles: a TPU's compiler would fill them up."""
-    parts = zip(leaf.shape[-2:], leaf.sharding.shard_shape(leaf.shape)[-2:], strict=True)
-    whole = all(part in (size, part // TILE * TILE) for size, part in parts)
-    return Format(Layout.AUTO, leaf.sharding) if whole else leaf.sharding
-
-
-def placed(state: TrainState, compiled: jax.stages.Compiled) -> TrainState:
-    """The state with its frozen leaves as the compiled step takes them; those that lie otherwise are moved, and their old place freed."""
-    formats = compiled.input_formats[0][0].frozen
-    return dataclasses.replace(state, frozen=jax.tree.map(lambda x, to: jax.device_put(x, to, donate=True), state.frozen, formats))
+    """The same before it is compiled; state and batch may be abstract, on devices that are not here."""
+    places = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None)).lower(state, batch)
