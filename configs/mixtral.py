@@ -12,11 +12,11 @@ LoRA's adapters stand at the projections of attention, as in PEFT; full tuning m
 expert of every layer (mesh.expert), and the 8 share their rows; all else is split as for a dense model. Every argument trains on the same:
 256 rows of 4,096 tokens an update, 1,000 updates. `lora` and `full` alone are the first of their kind.
 
-    lora,v5e:16x16   256 TPU v5e    plan: 3.2 of 15.8 GiB
-    lora,v5p:4x4x4   64 TPU v5p     plan: 8.6 of 95.7 GiB, 270,000 tokens/s
+    lora,v5e:16x16   256 TPU v5e    plan: 3.1 of 15.8 GiB
+    lora,v5p:4x4x4   64 TPU v5p     plan: 8.5 of 95.7 GiB, 270,000 tokens/s
     lora,v6e:8x8     64 TPU v6e     plan: 8.5 of 31.2 GiB, 370,000 tokens/s
     lora,h100:8      8 x H100 80GB  plan: 26.1 of 79.6 GiB, 41,000 tokens/s
-    full,v5p:4x4x4   64 TPU v5p     plan: 23.2 of 95.7 GiB, 190,000 tokens/s
+    full,v5p:4x4x4   64 TPU v5p     plan: 23.1 of 95.7 GiB, 190,000 tokens/s
 
 Not yet run on that hardware by us, so no speed is promised.
 """

@@ -13,7 +13,7 @@ Adapters stand at the projections of attention: router and experts stay as they 
 update, 1,000 updates. `lora` alone is the first.
 
     lora,v5e:16x16   256 TPU v5e    plan: 3.7 of 15.8 GiB
-    lora,v5p:4x4x4   64 TPU v5p     plan: 7.8 of 95.7 GiB, 870,000 tokens/s
+    lora,v5p:4x4x4   64 TPU v5p     plan: 7.6 of 95.7 GiB, 870,000 tokens/s
     lora,v6e:8x8     64 TPU v6e     plan: 7.8 of 31.2 GiB, 1,200,000 tokens/s
     lora,h100:8      8 x H100 80GB  plan: 29.5 of 79.6 GiB, 130,000 tokens/s
 
