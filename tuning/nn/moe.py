@@ -244,8 +244,7 @@ def to_experts(x_SD: jax.Array, here_SK: jax.Array, order_M: jax.Array, back_M: 
 
 def _to_experts_backward(kept, d_MD):
     here_SK, back_M = kept
-    d_SKD = d_MD[back_M].reshape(*here_SK.shape, -1)
-    return jnp.where(here_SK[..., None], d_SKD, 0).sum(1), None, None, None
+    return _choices(d_MD, here_SK, back_M).sum(1), None, None, None
 
 
 to_experts.defvjp(
@@ -255,24 +254,27 @@ to_experts.defvjp(
 
 @jax.custom_vjp
 def to_tokens(y_MD: jax.Array, share_SK: jax.Array, here_SK: jax.Array, order_M: jax.Array, back_M: jax.Array) -> jax.Array:
-    """What each token's choices came to, times their shares and added up in float32, [S, D]."""
+    """What each token's choices came to, times their shares (float32), added up in float32, [S, D].
+
+    The gradient is made in the order of the experts: for each choice of each token it would be float32, and lie in memory twice.
+    """
     return (share_SK[..., None] * _choices(y_MD, here_SK, back_M)).sum(1).astype(y_MD.dtype)
 
 
 def _to_tokens_backward(kept, dy_SD):
     y_MD, share_SK, here_SK, order_M, back_M = kept
     share_M1 = jnp.where(here_SK, share_SK, 0).reshape(-1, 1)[order_M]
-    d_MD = (share_M1 * dy_SD[order_M // here_SK.shape[1]].astype(jnp.float32)).astype(y_MD.dtype)
+    d_MD = (share_M1 * to_experts(dy_SD, here_SK, order_M, back_M)).astype(y_MD.dtype)
     dshare_SK = (_choices(y_MD, here_SK, back_M) * dy_SD[:, None].astype(jnp.float32)).sum(-1)
     return d_MD, dshare_SK, None, None, None
 
 
-def _choices(y_MD, here_SK, back_M) -> jax.Array:
-    """The rows in the order of the tokens and their choices, [S, K, D] float32; 0 for what another device has."""
-    return jnp.where(here_SK[..., None], y_MD[back_M].reshape(*here_SK.shape, -1), 0).astype(jnp.float32)
-
-
 to_tokens.defvjp(lambda *given: (to_tokens(*given), given), _to_tokens_backward)
+
+
+def _choices(y_MD: jax.Array, here_SK: jax.Array, back_M: jax.Array) -> jax.Array:
+    """The rows in the order of the tokens and their choices, [S, K, D]; 0 for what another device has."""
+    return jnp.where(here_SK[..., None], y_MD[back_M].reshape(*here_SK.shape, -1), 0)
 
 
 def block_size(rows: int, experts: int) -> int:

@@ -46,7 +46,8 @@ class RelativeBias(nnx.Module):
         count = self.buckets if self.causal else self.buckets // 2
         exact = count // 2
         away = np.arange(self.longest + 1)
-        # Every step rounded to float32, as in torch: where two buckets meet, a rounding decides. numpy's own float32 log is not exact.
+        # Every step rounded to float32: where two buckets meet, a rounding decides. The logarithms of numpy and torch for float32 are not
+        # exact, and differ by processor.
         share = np.maximum(away, 1).astype(np.float32) / np.float32(exact)
         far = np.log(share.astype(np.float64)).astype(np.float32) / np.float32(math.log(self.longest / exact)) * np.float32(count - exact)
         table = np.where(away < exact, away, np.minimum(exact + far.astype(np.int32), count - 1))

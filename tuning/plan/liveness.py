@@ -162,10 +162,10 @@ def buffers(
     made, lives = [], _lives(f, size, final)
     given: dict[int, float] = {}
     for v, (first, last) in sorted(lives.items(), key=lambda life: life[1]):
-        # A product by experts, into which nothing is fused, gives its place to what is computed from it element by element and ends it.
+        # A product by experts (a choice by platform), into which nothing is fused, gives its place to what is computed from it and ends it.
         taken = f.ops[first].name not in MADE and 0 < size[v] <= given.get(first, 0.0)
         if taken or f.ops[first].name == "cond":
-            given[last] = size[v]
+            given[last] = max(size[v], given.get(last, 0.0))
         first += taken
         # What an output is made of element by element lies in its place.
         in_place = last < len(f.ops) and f.ops[last].name not in MADE and not final.isdisjoint(f.ops[last].outputs)

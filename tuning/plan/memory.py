@@ -96,13 +96,12 @@ def temporaries(parts: build.Parts) -> liveness.Peak:
     results = [on_device(leaf) for leaf in jax.tree.leaves(tuned)]
     traced, names = _traced(parts)
     own, turned = habits(parts), _tables(parts)
-
-    summed = _adds(parts) and not m.tuned("head/kernel")  # what is added up lies beside the sum
+    beside = ["head/kernel"] if _adds(parts) and not m.tuned("head/kernel") else []  # what is added up lies beside the sum
 
     def held(i: int) -> float:
         if i >= len(names) or stack.layer_range(names[i]) is not None:
             return 0.0
-        return 1.0 if names[i] in turned else own.slices * (2 if names[i] == "head/kernel" and summed else 1)
+        return 1.0 if names[i] in turned else own.slices * (2 if names[i] in beside else 1)
 
     # What the head's gradient sums up to over devices is asked for at the end, and stays whole until then.
     late = own.slices > 0 and parts.settings.accumulate == 1
